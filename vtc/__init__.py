@@ -1,0 +1,40 @@
+"""vtc: visual-token compression for vision-language models.
+
+>>> import vtc
+>>> vtc.patch(model, "divprune", keep=0.25)  # doctest: +SKIP
+>>> model.generate(**inputs)                 # doctest: +SKIP
+"""
+
+from vtc import ops
+from vtc.compress import compress_inputs, generate
+from vtc.config import CompressionConfig
+from vtc.methods import Method, list_methods, register_method
+from vtc.methods.divprune import DivPrune
+from vtc.methods.grid import Grid
+from vtc.methods.random import Random
+from vtc.methods.todre import ToDRE
+from vtc.models import Adapter, UnsupportedModelError, list_models, register_model
+from vtc.patching import Patch, patch, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "CompressionConfig",
+    "DivPrune",
+    "Grid",
+    "Method",
+    "Patch",
+    "Random",
+    "ToDRE",
+    "UnsupportedModelError",
+    "compress_inputs",
+    "generate",
+    "list_methods",
+    "list_models",
+    "ops",
+    "patch",
+    "register_method",
+    "register_model",
+    "unpatch",
+]

@@ -1,0 +1,47 @@
+"""From ``keep`` to integer counts: the one place where rounding happens.
+
+``keep`` is a float in (0, 1], the fraction kept, or an int >= 1, the tokens kept per image. The float 1.0 is
+everything; the int 1 is one token.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+
+Keep = float | int
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return ``keep`` as a plain int or float, or say what is wrong with it.
+
+    Raises:
+        TypeError: not a number (``True`` and ``False`` count as none).
+        ValueError: NaN, a float outside (0, 1], an int below 1.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise TypeError(
+            f"keep={keep!r} is not a number; give a float in (0, 1] (a fraction) or an int >= 1 (tokens per image)"
+        )
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"keep={keep!r} as an int counts the tokens kept per image and must be at least 1")
+        return int(keep)
+    if math.isnan(keep) or not 0.0 < keep <= 1.0:
+        hint = f"; for {int(keep)} tokens per image write keep={int(keep)}" if keep > 1 and math.isfinite(keep) else ""
+        raise ValueError(f"keep={keep!r} as a float is the fraction kept and must lie in (0, 1]{hint}")
+    return float(keep)
+
+
+def count(keep: Keep, n: int) -> int:
+    """How many of an image's ``n`` tokens stay: at least one, at most all.
+
+    A fraction is rounded as DivPrune's code does, ``int(round(keep * n))`` (half to even). An int above ``n`` keeps
+    all of them, with a warning.
+    """
+    if isinstance(keep, int):
+        if keep > n:
+            warnings.warn(f"keep={keep} is more than the {n} visual tokens of an image: all are kept", stacklevel=2)
+        return min(keep, n)
+    return min(n, max(1, round(keep * n)))

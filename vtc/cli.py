@@ -1,0 +1,245 @@
+"""The `vtc` command: `demo`, `run`, `methods` and `models`.
+
+Bad input ends as one line on stderr and exit code 2; `vtc --traceback ...` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    sys.exit(f"vtc: the command line needs {missing.name}: pip install 'visual-token-compression[cli]'")
+
+if TYPE_CHECKING:
+    from vtc.config import CompressionConfig
+
+app = typer.Typer(
+    help="Prune the visual tokens of Hugging Face vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_show_traceback = False
+
+MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `vtc methods`.")]
+KeepText = Annotated[
+    str, typer.Option("--keep", "-k", help="0.25: a quarter of each image's tokens stays; 64: that many tokens stay.")
+]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="An option of the method, as name=value; repeatable.")
+]
+Positions = Annotated[str, typer.Option(help="original: kept tokens keep their positions; compact: renumbered.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: a GPU where there is one.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vtc {version('visual-token-compression')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    global _show_traceback
+    _show_traceback = traceback
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn the errors a user can cause into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        if _show_traceback:
+            raise
+        typer.echo(f"vtc: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        raise typer.Exit(2) from None
+
+
+def parse_keep(text: str) -> float | int:
+    """``"64"`` is 64 tokens, ``"0.25"`` a quarter, ``"1"`` one token and ``"1.0"`` all of them."""
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"--keep {text!r} is neither a fraction such as 0.25 nor a count such as 64") from None
+
+
+def build_config(method: str, keep: str, options: list[str] | None, positions: str) -> CompressionConfig:
+    """What ``--method``, ``--keep``, ``--option`` and ``--positions`` ask for."""
+    from vtc.config import CompressionConfig
+    from vtc.methods import make_method
+
+    named: dict[str, Any] = {}
+    for option in options or []:
+        key, found, value = option.partition("=")
+        if not found:
+            raise ValueError(f"--option {option!r} is not of the form name=value")
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        named[key] = value
+    return CompressionConfig.of(make_method(method, keep=parse_keep(keep), **named), positions)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="vtc")
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="A checkpoint: a local folder or a name on the hub.")],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    method: MethodName = "divprune",
+    keep: KeepText = "0.25",
+    option: Options = None,
+    positions: Positions = "original",
+    overlay: Annotated[Path | None, typer.Option(help="Write the image with the kept tokens drawn on it.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Print the unpruned model's answer too.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="The answer is cut there.")] = 64,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Ask any checkpoint one question about one image, pruned."""
+    with _clear_errors():
+        config = build_config(method, keep, option, positions)
+        from vtc.checkpoint import Checkpoint, open_image
+
+        picture = open_image(image)
+        checkpoint = Checkpoint.load(model, device=_device(device), dtype=dtype)
+        if compare:
+            whole = checkpoint.ask(picture, question, max_new_tokens=max_new_tokens)
+            typer.echo(f"unpruned: {whole.text}")
+        answer = checkpoint.ask(picture, question, config, max_new_tokens=max_new_tokens)
+        typer.echo(f"{method}: {answer.text}" if compare else answer.text)
+        share = answer.kept / max(1, answer.total)
+        typer.echo(f"[{answer.kept} of {answer.total} visual tokens kept, {share:.1%}]", err=True)
+        if overlay is not None:
+            answer.draw(picture).save(overlay)
+            typer.echo(f"[kept tokens drawn on {overlay}]", err=True)
+
+
+@app.command()
+def demo(
+    method: MethodName = "divprune",
+    keep: KeepText = "0.25",
+    option: Options = None,
+    positions: Positions = "original",
+    questions: Annotated[int, typer.Option("--questions", "-n", help="How many questions to ask.")] = 300,
+    batch: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed pairs of prefills.")] = 7,
+    out: Annotated[Path, typer.Option(help="Where to draw the kept tokens of the first question.")] = Path(
+        "vtc-demo.png"
+    ),
+    device: Device = "cpu",
+) -> None:
+    """Compare the small model shipped with vtc, unpruned and pruned: accuracy, prefill time, tokens, cache."""
+    console = Console()
+    with _clear_errors():
+        from transformers.utils import logging
+
+        from vtc.demo import run_demo
+        from vtc.demo_report import print_report
+
+        logging.disable_progress_bar()
+        report = run_demo(
+            build_config(method, keep, option, positions),
+            questions=questions,
+            batch=batch,
+            repeats=repeats,
+            overlay=out,
+            device=_device(device),
+            progress=lambda message: console.print(f"[dim]{message} ...[/]"),
+        )
+        print_report(console, report)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show this method's page.")] = None) -> None:
+    """List the methods, or show the page of one."""
+    from vtc.methods import list_methods, method_class
+
+    console = Console()
+    if name is None:
+        table = Table("method", "what it does", "needs", "source")
+        for each in list_methods():
+            cls = method_class(each)
+            table.add_row(
+                each, _paragraph(cls), ", ".join(sorted(cls().needs)), _paragraph(sys.modules[cls.__module__])
+            )
+        console.print(table)
+        return
+    with _clear_errors():
+        cls = method_class(name)
+    options = "\n".join(f"    {field.name} = {field.default!r}" for field in dataclasses.fields(cls))
+    page = "\n\n".join(
+        (_paragraph(sys.modules[cls.__module__]), _reflow(inspect.getdoc(cls) or ""), "Options:\n" + options)
+    )
+    console.print(page.replace("``", ""), markup=False, highlight=False)
+
+
+@app.command()
+def models(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
+) -> None:
+    """List the supported model families and the signals each offers to the methods."""
+    import vtc
+
+    header = ("model type", "modalities", "signals", "notes")
+    rows = [(f.model_type, ", ".join(f.modalities), ", ".join(f.signals), f.notes) for f in vtc.list_models()]
+    if markdown:
+        for row in (header, ("---",) * 4, *((f"`{name}`", *rest) for name, *rest in rows)):
+            typer.echo(f"| {' | '.join(row)} |")
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.zeros(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not on this machine
+        raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _paragraph(documented: object) -> str:
+    """The first paragraph of a docstring, as one line."""
+    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].replace("`", "").split())
+
+
+def _reflow(text: str) -> str:
+    """Join the lines of each paragraph and list item, so that the terminal may wrap them anew."""
+    return re.sub(r"(?<=\S)\n( {0,3}| {8})(?=\S)(?!\d+\. |- )", " ", text)

@@ -1,0 +1,273 @@
+"""The demo: the shipped model answers questions about pictures, with all of its visual tokens and with a part of them.
+
+Both ways run on the same batches, in turns, inside one process, so that a machine that slows down slows both. The
+command line prints what :func:`run_demo` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import vtc_tinyvlm
+from vtc.config import CompressionConfig
+from vtc.patching import patch
+from vtc.viz import overlay as draw
+
+UNCOUNTED = "count"
+"""The question type left out of the headline accuracy: how many tokens of an object remain changes the answer, though
+no object was lost. It is shown beside the others."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers among all, with a Wilson 95 % interval."""
+
+    right: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        """Share of right answers; NaN where nothing was asked."""
+        return self.right / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson score interval at 95 %."""
+        return vtc_tinyvlm.wilson(self.right, self.total)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, smallest and largest of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One measured prefill: seconds and bytes of the whole batch.
+
+    Attributes:
+        total: the model's forward pass: vision tower, projector, selection and language model.
+        decoder: the part from the language model's door on: selection and language model.
+        cache_bytes: all key and value tensors held after it.
+    """
+
+    total: float
+    decoder: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured with, or without, pruning; ``cache_bytes`` are per question, tokens per image."""
+
+    accuracy: dict[str, Accuracy]
+    answers: list[str]
+    total: Spread
+    decoder: Spread
+    cache_bytes: float
+    tokens: float
+
+    def headline(self) -> Accuracy:
+        """Accuracy over all types but :data:`UNCOUNTED`."""
+        counted = [a for kind, a in self.accuracy.items() if kind != UNCOUNTED]
+        return Accuracy(sum(a.right for a in counted), sum(a.total for a in counted))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `vtc demo` prints. A speed-up is the ratio of two neighbouring runs, unpruned seconds / pruned."""
+
+    config: CompressionConfig
+    full: Side
+    pruned: Side
+    speedup_total: Spread
+    speedup_decoder: Spread
+    batch: int
+    repeats: int
+    question: str
+    answer: str
+    overlay: Path | None
+    machine: str
+
+
+def run_demo(
+    config: CompressionConfig,
+    *,
+    questions: int = 300,
+    batch: int = 32,
+    repeats: int = 7,
+    overlay: Path | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda message: None,
+) -> Report:
+    """Ask the shipped model ``questions`` questions unpruned and pruned, time both, and draw the first picture.
+
+    Args:
+        config: how to prune.
+        questions: how many of the evaluation split's questions are asked.
+        batch: questions per batch, for the answers and for the timing.
+        repeats: timed pairs of prefills, after one untimed pair.
+        overlay: where to write the picture with the kept tokens; ``None`` writes none.
+        device: where the model runs.
+        progress: called with a line of text at the start of each phase.
+    """
+    if questions < 1 or batch < 1 or repeats < 1:
+        raise ValueError(f"questions={questions}, batch={batch} and repeats={repeats} must be at least 1")
+    progress("loading the shipped model")
+    model, processor = vtc_tinyvlm.load()
+    model = model.to(device).eval()
+    asked = vtc_tinyvlm.evaluation_questions(questions)
+    batches = [_encode(processor, asked[at : at + batch], model.device) for at in range(0, len(asked), batch)]
+
+    def pruning() -> contextlib.AbstractContextManager[Any]:
+        return patch(model, config)
+
+    progress(f"asking {len(asked)} questions, unpruned and pruned")
+    full_answers, pruned_answers, kept = [], [], []
+    for inputs in batches:
+        full_answers += _answers(model, processor, inputs)
+        with pruning() as handle:
+            pruned_answers += _answers(model, processor, inputs)
+            kept += handle.last_keep
+    progress(f"timing {repeats} pairs of prefills")
+    pairs = _timed_pairs(model, batches[0], pruning, repeats)
+
+    images = len(asked)
+    tokens_full = sum(int((inputs["input_ids"] == model.config.image_token_id).sum()) for inputs in batches) / images
+    tokens_pruned = sum(len(image) for sample in kept for image in sample) / images
+    size = len(batches[0]["input_ids"])
+    full = _side(asked, full_answers, [pair[0] for pair in pairs], size, tokens_full)
+    pruned = _side(asked, pruned_answers, [pair[1] for pair in pairs], size, tokens_pruned)
+    if overlay is not None:
+        side = math.isqrt(round(tokens_full))
+        draw(asked[0].image, kept[0][0], (side, side)).save(overlay)
+    return Report(
+        config=config,
+        full=full,
+        pruned=pruned,
+        speedup_total=Spread.of([before.total / after.total for before, after in pairs]),
+        speedup_decoder=Spread.of([before.decoder / after.decoder for before, after in pairs]),
+        batch=size,
+        repeats=repeats,
+        question=asked[0].prompt.replace(processor.image_token, "").strip(),
+        answer=asked[0].answer,
+        overlay=overlay,
+        machine=_machine(model.device),
+    )
+
+
+def _encode(processor: Any, questions: Sequence[Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """One left-padded batch."""
+    return processor(
+        images=[q.image for q in questions],
+        text=[q.prompt for q in questions],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(device)
+
+
+@torch.inference_mode()
+def _answers(model: Any, processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
+    """Greedy answers of one batch."""
+    new = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def _timed_pairs(
+    model: Any, inputs: dict[str, torch.Tensor], pruning: Callable[[], Any], repeats: int
+) -> list[tuple[Prefill, Prefill]]:
+    """Pairs (unpruned, pruned), the first of each pair taking turns; one pair before them warms up and is dropped."""
+    pairs = []
+    for turn in range(repeats + 1):
+        found: dict[bool, Prefill] = {}
+        for prune in (False, True) if turn % 2 else (True, False):
+            with pruning() if prune else contextlib.nullcontext():
+                found[prune] = _prefill(model, inputs)
+        pairs.append((found[False], found[True]))
+    return pairs[1:]
+
+
+@torch.inference_mode()
+def _prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Prefill:
+    """Time one prefill, in whole and from the language model's door on."""
+    with _door(model.get_decoder()) as entered:
+        _synchronize(model.device)
+        start = time.perf_counter()
+        outputs = model(**inputs, use_cache=True, logits_to_keep=1)
+        _synchronize(model.device)
+        stop = time.perf_counter()
+    layers = outputs.past_key_values.layers
+    return Prefill(
+        stop - start, stop - entered[0], sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
+    )
+
+
+@contextlib.contextmanager
+def _door(decoder: torch.nn.Module) -> Iterator[list[float]]:
+    """Note when the decoder is entered, ahead of every hook on it (so that selection counts as the decoder's)."""
+    entered: list[float] = []
+
+    def note(module: torch.nn.Module, args: Any) -> None:
+        _synchronize(next(module.parameters()).device)
+        entered.append(time.perf_counter())
+
+    hook = decoder.register_forward_pre_hook(note, prepend=True)
+    try:
+        yield entered
+    finally:
+        hook.remove()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _side(asked: Sequence[Any], answers: list[str], prefills: list[Prefill], size: int, tokens: float) -> Side:
+    """Summarise one way of running; ``size`` is the batch of the timed prefills."""
+    return Side(
+        accuracy=_accuracy(asked, answers),
+        answers=answers,
+        total=Spread.of([p.total for p in prefills]),
+        decoder=Spread.of([p.decoder for p in prefills]),
+        cache_bytes=prefills[0].cache_bytes / size,
+        tokens=tokens,
+    )
+
+
+def _accuracy(asked: Sequence[Any], answers: list[str]) -> dict[str, Accuracy]:
+    """Accuracy by question type, types in order of appearance."""
+    right: dict[str, list[bool]] = {}
+    for question, answer in zip(asked, answers, strict=True):
+        right.setdefault(question.type, []).append(vtc_tinyvlm.is_correct(answer, question.answer))
+    return {kind: Accuracy(sum(marks), len(marks)) for kind, marks in sorted(right.items())}
+
+
+def _machine(device: torch.device) -> str:
+    """What the timing ran on."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device}, {torch.get_num_threads()} thread(s)"
+    )
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"

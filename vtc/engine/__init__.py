@@ -1,0 +1,1 @@
+"""How tokens leave without anything breaking: once, for all methods and families."""

@@ -1,0 +1,114 @@
+"""Leave columns out of everything that is aligned with the sequence: pure functions, no model, no host sync.
+
+A :class:`Compaction` says which of N columns stay in each row of a batch. Rows may keep different counts; the shorter
+ones get holes on the side where the batch is padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Which columns stay.
+
+    Attributes:
+        keep: bool [B, N], the columns that stay.
+        index: LongTensor [B, M], the same as ascending column numbers; holes point at some column that does not stay.
+        valid: bool [B, M], False at holes.
+        counts: valid columns of each row (host integers).
+        dropped: real columns each row loses (host integers; padding is not counted).
+    """
+
+    keep: Tensor
+    index: Tensor
+    valid: Tensor
+    counts: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+    @classmethod
+    def of(cls, keep: Tensor, counts: list[int], dropped: list[int], pad_right: bool) -> Compaction:
+        """From a bool mask ``keep`` [B, N] whose row sums, ``counts``, are known on the host."""
+        width, longest = keep.shape[1], max(counts)
+        if pad_right:
+            index = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
+        else:
+            index = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - longest :]
+        slot = torch.arange(longest, device=keep.device)
+        kept = torch.tensor(counts, device=keep.device)[:, None]
+        valid = slot < kept if pad_right else slot >= longest - kept
+        return cls(keep, index, valid, tuple(counts), tuple(dropped))
+
+    @property
+    def holes(self) -> bool:
+        """Whether some row keeps fewer columns than the longest."""
+        return min(self.counts) < self.index.shape[1]
+
+    @property
+    def width(self) -> int:
+        """N, the columns before."""
+        return self.keep.shape[1]
+
+    @property
+    def length(self) -> int:
+        """M, the columns after."""
+        return self.index.shape[1]
+
+    def sequence(self, tensor: Tensor) -> Tensor:
+        """[B, N, ...] → [B, M, ...]. A bool tensor is False at holes."""
+        index = self.index.to(tensor.device)
+        index = index.reshape(*index.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
+        picked = tensor.gather(1, index)
+        if picked.dtype == torch.bool and picked.dim() == 2:
+            picked = picked & self.valid.to(picked.device)
+        return picked
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Position ids [B or 1, N] or [axes, B or 1, N] → the same with M columns."""
+        index = self.index.to(ids.device)
+        index = index.expand(*ids.shape[:-2], *index.shape)
+        return ids.expand(*ids.shape[:-2], index.shape[-2], ids.shape[-1]).gather(-1, index)
+
+    def first_position(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Where each row's positions begin, padding left out: [B or 1, N], 2-D padding mask → [B or 1]."""
+        if mask is not None:
+            real = mask[:, -self.width :].bool().to(ids.device)
+            ids = ids.expand(real.shape[0], -1).masked_fill(~real, torch.iinfo(ids.dtype).max)
+        return ids.amin(1)
+
+    def renumber(self, ids: Tensor, start: Tensor) -> Tensor:
+        """Kept positions [B, M] → consecutive ones from ``start`` [B or 1]."""
+        valid = self.valid.to(ids.device)
+        return torch.where(valid, start[:, None] + valid.cumsum(1) - 1, ids)
+
+    def labels(self, labels: Tensor, ignore: int = -100) -> Tensor:
+        """Labels [B, N] → [B, M], ``ignore`` at holes."""
+        return self.sequence(labels).masked_fill(~self.valid.to(labels.device), ignore)
+
+    def attention(self, mask: Tensor, past: int, length: int) -> Tensor:
+        """A prepared 4-D mask [B or 1, heads, N, keys] → [B, heads, M, length].
+
+        Args:
+            mask: bool (True: may attend) or float (added to the scores).
+            past: keys stored before these columns; columns ``past .. past + N`` of the mask belong to them.
+            length: keys the attention will see; what lies beyond the new ones is masked.
+
+        A hole sees itself and nothing else: no row is empty (softmax of nothing is NaN), and nobody sees it.
+        """
+        batch, device = self.index.shape[0], mask.device
+        blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        open_ = True if mask.dtype == torch.bool else 0.0
+        index, valid = self.index.to(device), self.valid.to(device)
+        mask = mask.expand(batch, *mask.shape[1:])
+        heads = mask.shape[1]
+        rows = mask.gather(2, index[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
+        new = rows.gather(3, (past + index)[:, None, None, :].expand(-1, heads, self.length, -1))
+        new = new.masked_fill(~valid[:, None, None, :], blocked)
+        itself = torch.eye(self.length, dtype=torch.bool, device=device) & ~valid[:, :, None]
+        new = new.masked_fill(itself[:, None], open_)
+        beyond = rows.new_full((batch, heads, self.length, length - past - self.length), blocked)
+        return torch.cat([rows[..., :past], new, beyond], dim=3)

@@ -1,0 +1,80 @@
+"""What belongs to one running forward pass, kept in context variables: two threads on one model never meet here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vtc.engine.compaction import Compaction
+from vtc.engine.locate import Encoded
+
+
+@dataclass
+class Frame:
+    """One call of the base model.
+
+    Attributes:
+        placeholders: by modality, bool [B, N] on the host; empty in decode steps.
+        mask: the 2-D padding mask over physical slots and new columns, or ``None`` (nothing is padding).
+        encoded: by modality, what the encoders produced for this call.
+        compaction: what the entry stage did, once it ran.
+        lengths: new columns of each row that are not padding (host integers), where there is a mask.
+        pad_right: padding stands at the end of rows, as in training.
+    """
+
+    placeholders: dict[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    compaction: Compaction | None = None
+    lengths: list[int] | None = None
+    pad_right: bool = False
+
+    def see_padding(self, width: int) -> None:
+        """Read from ``mask`` how many of the last ``width`` columns are real: a host sync."""
+        if self.placeholders and self.mask is not None:
+            real = self.mask[:, -width:].bool().cpu()
+            self.lengths = real.sum(1).tolist()
+            self.pad_right = not bool(real[:, -1].all())
+
+
+FRAME: ContextVar[Frame | None] = ContextVar("vtc_frame", default=None)
+PREPARED_MASK: ContextVar[Tensor | None] = ContextVar("vtc_prepared_mask", default=None)
+"""The physical padding mask behind the 4-D one that ``prepare_inputs_for_generation`` just built."""
+
+_CLS_ROWS: ContextVar[list[Tensor] | None] = ContextVar("vtc_cls_rows", default=None)
+_BYPASS: ContextVar[bool] = ContextVar("vtc_bypass", default=False)
+
+
+@contextmanager
+def recording_cls_rows() -> Iterator[list[Tensor]]:
+    """Collect the CLS rows that the taps compute while the vision tower runs."""
+    rows: list[Tensor] = []
+    token = _CLS_ROWS.set(rows)
+    try:
+        yield rows
+    finally:
+        _CLS_ROWS.reset(token)
+
+
+def cls_rows() -> list[Tensor] | None:
+    """Where to put a CLS row, or ``None`` when nobody asked."""
+    return _CLS_ROWS.get()
+
+
+@contextmanager
+def bypassed() -> Iterator[None]:
+    """Run the model as if it were not patched (in this thread)."""
+    token = _BYPASS.set(True)
+    try:
+        yield
+    finally:
+        _BYPASS.reset(token)
+
+
+def is_bypassed() -> bool:
+    """Whether the engine should stand aside (in this thread)."""
+    return _BYPASS.get()

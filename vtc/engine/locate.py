@@ -1,0 +1,112 @@
+"""Where each image's tokens are in a batch of prompts: plain host bookkeeping over the ids.
+
+Transformers writes features into placeholder tokens in (batch, sequence) order; an image owns as many placeholders as
+it has features, whether or not text or other images stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtc.tokens import Layout
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the vision side said of the images of one modality, in encoder order.
+
+    Attributes:
+        layouts: one per image.
+        signals: by name, one float tensor [n] per image.
+    """
+
+    layouts: tuple[Layout, ...]
+    signals: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Located:
+    """One image in the batch.
+
+    Attributes:
+        row: sample.
+        columns: LongTensor [n] on the host, ascending.
+        layout: structure of its n tokens.
+        modality: ``image`` or ``video``.
+        source: its index in the encoder's output, ``None`` if that is not known.
+    """
+
+    row: int
+    columns: Tensor
+    layout: Layout
+    modality: str
+    source: int | None
+
+
+def locate(placeholders: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> list[Located]:
+    """Find the images of a batch.
+
+    Args:
+        placeholders: by modality, bool [B, N] on the host: True at placeholder tokens.
+        encoded: by modality, what the encoder produced. Beam search repeats every row; the encoder's output is then
+            for the rows before that.
+
+    Returns:
+        The images by row, then by first column.
+    """
+    images = [
+        image for modality, mask in placeholders.items() for image in _of_modality(modality, mask, encoded[modality])
+    ]
+    return sorted(images, key=lambda image: (image.row, int(image.columns[0])))
+
+
+def _of_modality(modality: str, mask: Tensor, encoded: Encoded) -> list[Located]:
+    counts = mask.sum(1).tolist()
+    columns = mask.nonzero()[:, 1].split(counts)
+    shares = _share(counts, [layout.length for layout in encoded.layouts])
+    if shares is None:  # lengths that do not add up to the placeholders: an image is a run without text in it
+        return [
+            Located(row, run, Layout.plain(len(run)), modality, None)
+            for row, own in enumerate(columns)
+            for run in _runs(own)
+        ]
+    return [
+        Located(row, part, encoded.layouts[source], modality, source)
+        for row, (own, sources) in enumerate(zip(columns, shares, strict=True))
+        for source, part in zip(sources, own.split([encoded.layouts[s].length for s in sources]), strict=True)
+    ]
+
+
+def _share(counts: list[int], lengths: list[int]) -> list[list[int]] | None:
+    """Which images each row holds, or ``None`` when they do not fill the rows exactly."""
+    total = sum(lengths)
+    if not total or sum(counts) % total:
+        return None
+    repeats = sum(counts) // total
+    if len(counts) % repeats:
+        return None
+    shares: list[list[int]] = []
+    at = 0
+    for row in range(0, len(counts), repeats):
+        if len(set(counts[row : row + repeats])) != 1:
+            return None
+        own, filled = [], 0
+        while filled < counts[row] and at < len(lengths):
+            own.append(at)
+            filled += lengths[at]
+            at += 1
+        if filled != counts[row]:
+            return None
+        shares += [own] * repeats
+    return shares
+
+
+def _runs(columns: Tensor) -> list[Tensor]:
+    if not len(columns):
+        return []
+    gaps = (torch.diff(columns) > 1).nonzero()[:, 0] + 1
+    return list(columns.tensor_split(gaps))

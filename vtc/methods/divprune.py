@@ -1,0 +1,37 @@
+"""DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025, arXiv 2503.02175)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc import ops
+from vtc.methods.base import Method, register_method
+from vtc.tokens import VisualTokens
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Method):
+    """Keep the tokens that are farthest apart (section 3.3, max-min diversity).
+
+    1. Cosine distances between all tokens of an image, as they enter the language model.
+    2. First pick: the token whose nearest neighbour is farthest.
+    3. Every next pick: the token farthest from its nearest pick.
+    4. The picks stay in their old order; the question is never looked at.
+
+    The paper calls this exact; code and vtc do the greedy farthest-first traversal, a 2-approximation. The released
+    code computes distances in the model's half precision, where a few hundred distinct values leave the choice to
+    ties, divides by zero on a zero row, picks a token twice once the distinct ones are used up, and prunes the first
+    image of the first prompt only. vtc computes exactly (see ``vtc.ops.greedy``), never picks twice, and prunes every
+    image by itself. The code re-numbers positions: ``positions="compact"``. Newlines compete like any token, as there
+    (being duplicates, about one survives); ``newlines="keep"`` spares them.
+    """
+
+    name: ClassVar[str] = "divprune"
+
+    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
+        """Steps 1 to 3; nested in the budget."""
+        return ops.farthest_first(tokens.features, max(budget), mask=tokens.mask)

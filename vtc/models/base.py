@@ -1,0 +1,206 @@
+"""Where the visual tokens are in a model: the adapter of a family, and the registry of families.
+
+Most families of transformers look alike from here: a base model that encodes pixels, writes the features into
+placeholder tokens and calls a decoder with embeddings. :class:`Adapter` serves them all without knowing their names. A
+family gets a subclass only for what truly differs: a CLS row, a thumbnail, newlines, grids.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vtc.tokens import Layout
+
+MODALITIES = ("image", "video")
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be pruned; the message says why and what would work."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one model that the engine hooks.
+
+    Attributes:
+        root: what the user calls, ``generate`` included.
+        base: encodes images, embeds ids, merges both, calls the decoder (``root.model`` as a rule).
+        decoder: the language model, which sees embeddings.
+        placeholders: token id by modality.
+    """
+
+    root: nn.Module
+    base: nn.Module
+    decoder: nn.Module
+    placeholders: Mapping[str, int]
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def rotates_in_3d(self) -> bool:
+        """Multimodal RoPE: positions are (time, height, width) triples."""
+        return "mrope_section" in str(getattr(self.decoder.config, "rope_parameters", None))
+
+    @property
+    def builds_masks_early(self) -> bool:
+        """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
+        return hasattr(type(self.root), "create_masks_for_generate")
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One line of :func:`list_models`."""
+
+    model_type: str
+    modalities: tuple[str, ...]
+    signals: tuple[str, ...]
+    notes: str
+
+
+class Adapter:
+    """How vtc finds its way in one family. The base class is the default of every family that needs nothing else.
+
+    Subclasses set ``families`` and override what differs; see the README for a complete one in six lines.
+    """
+
+    families: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """``model_type`` → modalities that are tested."""
+    notes: ClassVar[str] = ""
+    signals: ClassVar[tuple[str, ...]] = ()
+    """Signals this family can offer; :meth:`offers` says which of them a given model does."""
+
+    def placeholders(self, config: Any) -> dict[str, int]:
+        """The token id, by modality, that features are written into."""
+        ids = {modality: getattr(config, f"{modality}_token_id", None) for modality in MODALITIES}
+        return {modality: token for modality, token in ids.items() if token is not None}
+
+    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+        """The structure of each image's tokens.
+
+        Args:
+            base: the base model.
+            modality: ``image`` or ``video``.
+            lengths: number of features of each entry of the encoder's output.
+            arguments: what the encoder was called with (pixels, grids, sizes); empty when that is not known.
+
+        Returns:
+            One layout per image, in encoder order; entries may be merged (tiles of one image) but not reordered.
+        """
+        return [Layout.plain(n, square(n)) for n in lengths]
+
+    def offers(self, parts: Parts) -> frozenset[str]:
+        """Signals that this very model can give, e.g. ``cls`` only where the vision tower has a CLS token."""
+        return frozenset(name for name in self.signals if name != "cls" or self.cls_attention(parts.base, "image"))
+
+    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
+        """The vision tower's self-attention module whose CLS row scores the patches, or ``None``."""
+        return None
+
+    def cls_scores(
+        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """CLS rows of the tower, float [pictures, patches], to one float tensor [n] per image."""
+        return [row for row, _ in zip(rows, layouts, strict=True)]
+
+
+_REGISTRY: dict[str, Adapter] = {}
+REFUSED: dict[str, str] = {
+    "llama4": "its decoder attends in fixed chunks of positions, which do not survive dropped tokens",
+    "mllama": "its visual tokens enter through cross-attention and are not in the decoder's sequence",
+    "idefics": "its visual tokens enter through cross-attention and are not in the decoder's sequence",
+    "t5gemma2": "it is an encoder-decoder: visual tokens are not in the decoder's sequence",
+    "florence2": "it is an encoder-decoder: visual tokens are not in the decoder's sequence",
+    "blip-2": "a Q-former compresses its image already, and its language model need not be a decoder",
+    "instructblip": "a Q-former compresses its image already, and its language model need not be a decoder",
+}
+"""Families that are known not to work, and why."""
+
+
+def register_model(adapter: type[Adapter]) -> type[Adapter]:
+    """Class decorator: use this adapter for its ``families``.
+
+    Raises:
+        ValueError: no families given, or one is registered already.
+    """
+    if not adapter.families:
+        raise ValueError(f"{adapter.__name__}.families is empty; name at least one model_type")
+    for model_type in adapter.families:
+        if model_type in _REGISTRY and type(_REGISTRY[model_type]).__qualname__ != adapter.__qualname__:
+            raise ValueError(f"{model_type!r} is registered already, by {type(_REGISTRY[model_type]).__name__}")
+        _REGISTRY[model_type] = adapter()
+    return adapter
+
+
+def list_models() -> list[ModelFamily]:
+    """The families that are tested, by ``model_type``. Others that look alike are accepted too."""
+    return [
+        ModelFamily(name, adapter.families[name], adapter.signals, adapter.notes)
+        for name, adapter in sorted(_REGISTRY.items())
+    ]
+
+
+def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
+    """The adapter and the parts of a model; PEFT wrappers are looked through.
+
+    Raises:
+        UnsupportedModelError: with the reason and what would work.
+    """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    reason = REFUSED.get(model_type) or next(_violations(model), None)
+    if reason is not None:
+        raise UnsupportedModelError(_refusal(model, model_type, reason))
+    base = model.base_model
+    adapter = _REGISTRY.get(model_type) or Adapter()
+    return adapter, Parts(model, base, model.get_decoder(), adapter.placeholders(base.config))
+
+
+def _violations(model: nn.Module) -> Iterator[str]:
+    """What keeps a model from the contract that the engine relies on."""
+    if not isinstance(model, nn.Module):
+        yield "it is not a torch.nn.Module"
+        return
+    if not hasattr(model, "base_model") or not hasattr(model, "get_decoder"):
+        yield "it is not a transformers PreTrainedModel"
+        return
+    base, decoder = model.base_model, model.get_decoder()
+    if not hasattr(base, "get_image_features"):
+        yield "it has no get_image_features: it does not encode images"
+    if decoder is None or decoder is base or decoder is model or not hasattr(decoder, "layers"):
+        yield "it has no decoder with layers of its own behind its base model"
+        return
+    if not any(getattr(base.config, f"{m}_token_id", None) is not None for m in MODALITIES):
+        yield "its config has no image_token_id: visual tokens cannot be told from text"
+    if not len(decoder.layers) or "position_embeddings" not in inspect.signature(decoder.layers[0].forward).parameters:
+        yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"
+
+
+def _refusal(model: Any, model_type: str | None, reason: str) -> str:
+    near = difflib.get_close_matches(str(model_type), _REGISTRY, n=3, cutoff=0.6)
+    return (
+        f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned: {reason}. "
+        + (f"Nearest supported: {', '.join(near)}. " if near else "")
+        + f"Supported: {', '.join(sorted(_REGISTRY))}, and any transformers model of the same build. To add a family, "
+        "subclass vtc.Adapter and decorate it with @vtc.register_model."
+    )
+
+
+def square(n: int) -> tuple[int, int] | None:
+    """(rows, columns) of n tokens if they can be a square grid."""
+    side = math.isqrt(n)
+    return (side, side) if side * side == n else None

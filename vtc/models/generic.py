@@ -1,0 +1,38 @@
+"""Families that need next to nothing: they are listed because they are tested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vtc.models.base import Adapter, register_model, square
+from vtc.tokens import Layout
+
+
+@register_model
+class Plain(Adapter):
+    """One entry per image, no structure that a method could use."""
+
+    families = {"mistral3": ("image",)}
+
+
+@register_model
+class Tiles(Adapter):
+    """The processor writes text around every tile of a split image; the encoder returns a sample's tiles in one go."""
+
+    families = {"idefics3": ("image",), "smolvlm": ("image",)}
+    notes = "every tile of a split image counts as an image of its own"
+
+    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+        each = base.image_seq_len
+        return [Layout.plain(each, square(each)) for _ in range(sum(lengths) // each)]
+
+
+@register_model
+class PrefixLM(Adapter):
+    """Image tokens see each other in both directions; the engine prunes the masks that the base model prepares."""
+
+    families = {"gemma3": ("image",), "gemma4": ("image",), "paligemma": ("image",)}
+    notes = "image tokens attend in both directions; kept ones still do"

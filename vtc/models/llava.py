@@ -1,0 +1,193 @@
+"""The LLaVA line: one picture, a thumbnail with crops and newlines (AnyRes), video."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.models import clip
+from vtc.models.base import Adapter, register_model, square
+from vtc.tokens import Layout, Segment
+
+
+@register_model
+class Llava(Adapter):
+    """One picture, one grid. With a Pixtral tower the grid follows the picture's own shape."""
+
+    families = {"llava": ("image",), "vipllava": ("image",)}
+    signals = ("cls",)
+    notes = "cls with a CLIP tower only"
+
+    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+        sizes, patch = arguments.get("image_sizes"), getattr(base.config.vision_config, "patch_size", None)
+        if sizes is not None and patch is not None:
+            grids = [(int(h) // patch, int(w) // patch) for h, w in torch.as_tensor(sizes).tolist()]
+            if [rows * columns for rows, columns in grids] == lengths:
+                return [Layout.plain(n, grid) for n, grid in zip(lengths, grids, strict=True)]
+        return [Layout.plain(n, square(n)) for n in lengths]
+
+    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
+        return clip.cls_attention(base.vision_tower)
+
+    def cls_scores(
+        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        return clip.one_to_one(rows, layouts)
+
+
+class _AnyRes(Adapter):
+    """Thumbnail first, then the mosaic of crops in raster order, unpadded, a newline after each row."""
+
+    signals = ("cls",)
+    video_newline = False
+
+    def _pictures(self, base: nn.Module, arguments: Mapping[str, Any]) -> list[int]:
+        """Pictures (thumbnail and crops) that each image was cut into."""
+        module = sys.modules[type(base).__module__]
+        alone = arguments.get("batch_num_images")
+        picture = base.config.vision_config.image_size
+        split = [True] * len(arguments["image_sizes"])
+        if alone is not None:
+            split = [n == 1 for n in torch.as_tensor(alone).tolist() for _ in range(n)]
+        return [
+            module.image_size_to_num_patches(size, base.config.image_grid_pinpoints, picture) if cut else 1
+            for size, cut in zip(arguments["image_sizes"], split, strict=True)
+        ]
+
+    def _pack(self, base: nn.Module, scores: list[Tensor], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Send per-patch scores [pictures, patches, 1] the way the features go; newlines become 0."""
+        names = ("vision_feature_select_strategy", "vision_aspect_ratio")
+        defaults = {"vision_aspect_ratio": getattr(base.config, "vision_aspect_ratio", None)}
+        accepted = base.pack_image_features.__code__.co_varnames
+        options = {n: arguments.get(n) or defaults.get(n) for n in names if n in accepted}
+        packed, _ = base.pack_image_features(
+            scores, arguments["image_sizes"], image_newline=scores[0].new_zeros(1), **options
+        )
+        return [item[:, 0] for item in packed]
+
+    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+        if not arguments:
+            return super().layouts(base, modality, lengths, arguments)
+        if modality == "video":
+            return [self._video(n, arguments) for n in lengths]
+        vision = base.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2 + clip.keeps_cls(base, arguments) * _has_cls(base)
+        pictures = self._pictures(base, arguments)
+        traced = self._pack(base, [torch.ones(count, patches, 1) for count in pictures], arguments)
+        return [self._image(trace, patches, n) for trace, n in zip(traced, lengths, strict=True)]
+
+    def _image(self, trace: Tensor, patches: int, n: int) -> Layout:
+        """From a trace that is 0 at newlines and 1 at patches."""
+        newlines = (trace == 0).nonzero()[:, 0].tolist()
+        if len(trace) != n or not newlines:
+            return Layout.plain(n)
+        thumbnail = Segment("thumbnail", 0, patches, square(patches))
+        if newlines == [patches]:  # not cut: the thumbnail is the image, one newline ends it
+            whole = Segment("image", 0, patches, square(patches))
+            return Layout(n, (whole, Segment("newline", patches, 1)))
+        columns = newlines[0] - patches
+        grid = (len(newlines), columns)
+        return Layout(n, (thumbnail, Segment("crops", patches, n - patches, grid, newline=True)))
+
+    def _video(self, n: int, arguments: Mapping[str, Any]) -> Layout:
+        """Equal frames, and in LLaVA-OneVision one newline at the end, which older releases add after encoding."""
+        frames = arguments["pixel_values_videos"].shape[1]
+        newline = 0
+        if self.video_newline:
+            newline, n = 1, n + (n % frames == 0)
+        each = (n - newline) // frames
+        segments = [Segment("frame", f * each, each, square(each)) for f in range(frames)]
+        if newline:
+            segments.append(Segment("newline", n - 1, 1))
+        return Layout(n, tuple(segments))
+
+    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
+        return clip.cls_attention(base.vision_tower)
+
+    def cls_scores(
+        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        if clip.keeps_cls(base, arguments):
+            rows = nn.functional.pad(rows, (1, 0))
+        pictures = list(rows[..., None].split(self._pictures(base, arguments)))
+        return self._pack(base, pictures, arguments)
+
+
+def _has_cls(base: nn.Module) -> bool:
+    return clip.cls_attention(base.vision_tower) is not None
+
+
+@register_model
+class LlavaNext(_AnyRes):
+    """LLaVA-NeXT (LLaVA-1.6)."""
+
+    families = {"llava_next": ("image",)}
+    notes = "thumbnail, crops and newlines; cls with a CLIP tower only"
+
+
+@register_model
+class LlavaNextVideo(_AnyRes):
+    """LLaVA-NeXT for images; video frames are pooled and have no newlines."""
+
+    families = {"llava_next_video": ("image", "video")}
+    notes = "frames are pooled 2x2; cls with a CLIP tower only"
+
+    def cls_scores(
+        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        if modality == "image":
+            return super().cls_scores(base, modality, rows, layouts, arguments)
+        stride = base.config.spatial_pool_stride
+        side = square(rows.shape[1])
+        if side is None:
+            raise ValueError(f"{rows.shape[1]} patches per frame are no square grid to pool")
+        pooled = nn.functional.avg_pool2d(rows.reshape(-1, 1, *side), stride).flatten(1)
+        return list(pooled.reshape(len(layouts), -1))
+
+
+@register_model
+class LlavaOnevision(_AnyRes):
+    """LLaVA-OneVision: AnyRes images, scaled down when there are too many crops; video with one newline."""
+
+    families = {"llava_onevision": ("image", "video")}
+    notes = "thumbnail, crops and newlines; SigLIP has no CLS; one newline ends a video"
+    signals = ()
+    video_newline = True
+
+
+@register_model
+class VideoLlava(Adapter):
+    """Every frame keeps its CLS feature as a token; frames come from the encoder as entries of their own."""
+
+    families = {"video_llava": ("image", "video")}
+    signals = ("cls",)
+    notes = "the CLS feature of every video frame is a visual token and scores 0"
+
+    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+        if modality == "image":
+            return super().layouts(base, modality, lengths, arguments)
+        if "pixel_values_videos" not in arguments:
+            raise ValueError(
+                "Video-LLaVA's encoder returns frames, and these were encoded before vtc could see how many make a "
+                "video; vtc.patch(model, ...) before encoding"
+            )
+        frames = arguments["pixel_values_videos"].shape[1]
+        each = lengths[0]
+        segments = tuple(Segment("frame", f * each, each) for f in range(frames))
+        return [Layout(frames * each, segments) for _ in range(len(lengths) // frames)]
+
+    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
+        return clip.cls_attention(base.video_tower if modality == "video" else base.image_tower)
+
+    def cls_scores(
+        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        if modality == "image":
+            return clip.one_to_one(rows, layouts)
+        frames = len(layouts[0].segments)
+        extra = layouts[0].length // frames - rows.shape[1]
+        return list(nn.functional.pad(rows, (extra, 0)).reshape(len(layouts), -1))

@@ -1,0 +1,14 @@
+"""Pure tensor functions: batched, free of host synchronisation, traceable into one graph, deterministic."""
+
+from vtc.ops.greedy import farthest_first, first_max, max_marginal_relevance, max_sum
+from vtc.ops.scores import crop_budgets, instruction_attention, transition_variation
+
+__all__ = [
+    "crop_budgets",
+    "farthest_first",
+    "first_max",
+    "instruction_attention",
+    "max_marginal_relevance",
+    "max_sum",
+    "transition_variation",
+]

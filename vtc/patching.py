@@ -1,0 +1,247 @@
+"""``vtc.patch``: install the engine on one model, and take it off without a trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.budget import Keep
+from vtc.config import CompressionConfig
+from vtc.engine.encode import listening
+from vtc.engine.entry import EntryStage
+from vtc.engine.generation import no_continuous_batching, preparing, pruning_labels, whole_prompts_only
+from vtc.engine.taps import tap_cls
+from vtc.methods import Method, make_method
+from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
+from vtc.models.base import MODALITIES
+
+_HANDLE = "_vtc_patch"
+
+
+class Patch:
+    """A patched model's handle; also a context manager that unpatches on exit.
+
+    Attributes:
+        model: the model as transformers made it (inside a PEFT wrapper, the wrapped one).
+        config: what was asked for; ``config.save_pretrained(folder)`` writes it beside a model.
+    """
+
+    def __init__(self, model: nn.Module, config: CompressionConfig, stage: EntryStage) -> None:
+        self.model, self.config = model, config
+        self.stage = stage
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def method(self) -> Method:
+        """The method object that selects."""
+        return self.stage.method
+
+    @property
+    def last_keep(self) -> list[list[Tensor]] | None:
+        """What stayed in the last prefill: a list over samples of lists over images of LongTensor [k] (on the host).
+
+        Each holds the kept indices among that image's visual tokens (newlines counted), ascending. Beams count as
+        samples of their own. ``None`` before the first prompt with an image. Reading it waits for the device.
+        """
+        if self.stage.last is None:
+            return None
+        decision, _, batch = self.stage.last
+        return decision.kept(batch)
+
+    @property
+    def last_columns(self) -> list[Tensor] | None:
+        """Columns of the last prompt that went on into the language model: a LongTensor per sample, ascending.
+
+        Logits and labels of a plain forward pass line up with these columns, not with the prompt's.
+        """
+        if self.stage.last is None or (compact := self.stage.last[1]) is None:
+            return None
+        return [row.nonzero()[:, 0] for row in compact.keep.cpu()]
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still patched."""
+        return bool(self._undo)
+
+    def unpatch(self) -> None:
+        """Restore the model exactly.
+
+        Raises:
+            ValueError: it was unpatched already.
+        """
+        if not self._undo:
+            raise ValueError(f"this {type(self.model).__name__} is not patched: nothing to undo")
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            self.unpatch()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "undone"
+        return f"<vtc.Patch {self.method} positions={self.config.positions!r} on {type(self.model).__name__}, {state}>"
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("a patched model cannot be copied: its hooks belong to the original. vtc.unpatch it first")
+
+
+def patch(
+    model: nn.Module,
+    method: str | Method | CompressionConfig,
+    *,
+    keep: Keep | None = None,
+    positions: str | None = None,
+    **options: Any,
+) -> Patch:
+    """Make a vision-language model drop visual tokens. ``model.generate()`` and ``model()`` are called as before.
+
+    Args:
+        model: a transformers model for image-text-to-text (see :func:`vtc.list_models`). Only this instance changes;
+            no weight, class or attention implementation does.
+        method: a name (see :func:`vtc.list_methods`), a method object such as ``vtc.DivPrune(keep=64)``, or a
+            :class:`vtc.CompressionConfig`.
+        keep: with a name only: float in (0, 1], the fraction kept, or int >= 1, the tokens kept per image.
+        positions: ``"original"`` (default): kept tokens keep their position ids; ``"compact"``: they are renumbered
+            without gaps, as the code of some papers does (not for models with 3-D positions).
+        options: with a name only: further options of the method, e.g. ``variant="k_center"``.
+
+    Returns:
+        The handle: ``p.last_keep``, ``p.unpatch()``; usable in a ``with`` statement.
+
+    Raises:
+        ValueError: unknown method, bad keep or positions, a signal the model lacks, a model patched already.
+        UnsupportedModelError: the model cannot be pruned. It is a ValueError; nothing was touched.
+        TypeError: options that the method does not have, or given beside an object that carries its own.
+    """
+    config, chosen = requested(method, keep, positions, options)
+    adapter, parts = resolve(model)
+    _check(adapter, parts, chosen, config)
+    handle = Patch(parts.root, config, EntryStage(adapter, parts, chosen, config.positions))
+    try:
+        _install(handle)
+    except BaseException:
+        while handle._undo:
+            handle._undo.pop()()
+        raise
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo :func:`patch` on ``model``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if (handle := patch_of(model)) is None:
+        raise ValueError(f"this {type(model).__name__} is not patched: nothing to undo")
+    handle.unpatch()
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The handle of a patched model, else ``None``."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model.__dict__.get(_HANDLE)
+
+
+def requested(
+    method: str | Method | CompressionConfig, keep: Keep | None, positions: str | None, options: dict[str, Any]
+) -> tuple[CompressionConfig, Method]:
+    """What the arguments of :func:`patch` ask for."""
+    if isinstance(method, str):
+        given = options if keep is None else {"keep": keep, **options}
+        method = make_method(method, **given)
+    elif keep is not None or options:
+        raise TypeError(
+            f"keep and options go with a method's name; {type(method).__name__} carries its own "
+            f"(given: {', '.join([*(['keep'] if keep is not None else []), *options])})"
+        )
+    if isinstance(method, CompressionConfig):
+        method, positions = method.build(), method.positions if positions is None else positions
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
+    return CompressionConfig.of(method, "original" if positions is None else positions), method
+
+
+def _check(adapter: Adapter, parts: Parts, method: Method, config: CompressionConfig) -> None:
+    """Everything that can be refused is refused here, before anything is touched."""
+    name = type(parts.root).__name__
+    if (handle := patch_of(parts.root)) is not None:
+        raise ValueError(f"this {name} is patched already, with {handle.method}; vtc.unpatch(model) first")
+    if missing := method.needs - adapter.offers(parts):
+        raise ValueError(
+            f"method {method.name!r} needs {', '.join(map(repr, sorted(missing)))}, which this {name} cannot give "
+            f"(its vision tower is {type(getattr(parts.base, 'vision_tower', None)).__name__}). "
+            f"What would work: {method.remedy}"
+        )
+    if config.positions == "compact" and parts.rotates_in_3d:
+        raise ValueError(
+            f"positions='compact' has no meaning for the (time, height, width) positions of this {name}; "
+            "use positions='original'"
+        )
+    implementation = getattr(parts.decoder.config, "_attn_implementation", None)
+    if parts.builds_masks_early and implementation == "flex_attention":
+        raise UnsupportedModelError(
+            f"this {name} builds its masks before the language model, and a flex_attention block mask cannot lose "
+            "columns; load it with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+        )
+
+
+def _install(handle: Patch) -> None:
+    stage, undo = handle.stage, handle._undo
+    adapter, parts = stage.adapter, stage.parts
+    _forget_compiled(parts.root)
+    _set(undo, parts.root, _HANDLE, handle)
+    # prepended: user hooks then see the pruned call, as they would see a shorter prompt
+    pre = functools.partial(nn.Module.register_forward_pre_hook, prepend=True, with_kwargs=True)
+    undo.append(pre(parts.base, stage.before_base).remove)
+    undo.append(pre(parts.decoder, stage.before_decoder).remove)
+    for modality in MODALITIES:
+        name = f"get_{modality}_features"
+        if hasattr(parts.base, name):
+            wrapped = listening(adapter, parts.base, modality, handle.method.needs, getattr(parts.base, name))
+            _set(undo, parts.base, name, wrapped)
+    if "cls" in handle.method.needs:
+        towers = {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}
+        undo.extend(tower.register_forward_pre_hook(tap_cls, with_kwargs=True).remove for tower in towers)
+    _wrap(undo, parts.root, "prepare_inputs_for_generation", lambda f: preparing(f, handle.config.positions))
+    _wrap(undo, parts.root, "_prefill", lambda f: whole_prompts_only(f, frozenset(parts.placeholders.values())))
+    _wrap(undo, parts.root, "generate_batch", lambda f: no_continuous_batching)
+    _set(undo, parts.root, "_loss_function", pruning_labels(parts.root.loss_function))
+    undo.append(functools.partial(_forget_compiled, parts.root))
+
+
+def _wrap(undo: list[Callable[[], None]], owner: nn.Module, name: str, wrapper: Callable[[Any], Any]) -> None:
+    if hasattr(owner, name):
+        _set(undo, owner, name, wrapper(getattr(owner, name)))
+
+
+def _set(undo: list[Callable[[], None]], owner: nn.Module, name: str, value: Any) -> None:
+    """Set an instance attribute that hides the class's, remembering what stood there."""
+    had, before = name in owner.__dict__, owner.__dict__.get(name)
+
+    def restore() -> None:
+        if had:
+            owner.__dict__[name] = before
+        else:
+            owner.__dict__.pop(name, None)
+
+    owner.__dict__[name] = value
+    undo.append(restore)
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Graphs compiled before do not see hooks added since, and the other way round."""
+    if model.__dict__.pop("_compiled_call", None) is not None:
+        torch._dynamo.reset()

@@ -1,0 +1,154 @@
+"""What a method sees: the visual tokens of some images, never a model.
+
+A :class:`VisualTokens` holds the tokens of G images side by side, padded to the longest, as they enter the
+language model. A :class:`Layout` says what each token of one image is: part of a thumbnail, of the mosaic of
+crops, of a video frame, or a newline the model inserted at the end of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["image", "thumbnail", "crops", "frame", "newline"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive tokens of one image that share a grid.
+
+    Attributes:
+        kind: ``image`` (the whole picture), ``thumbnail`` (a reduced view beside crops), ``crops`` (the mosaic of
+            high-resolution crops in raster order), ``frame`` (one video frame) or ``newline`` (separator tokens).
+        start: index of the first token among the image's tokens.
+        length: number of tokens, newlines included.
+        grid: (rows, columns) of the patches, newlines not counted; ``None`` where the model does not tell.
+        newline: every row is followed by one newline token, which is then counted in ``length``.
+    """
+
+    kind: Kind
+    start: int
+    length: int
+    grid: tuple[int, int] | None = None
+    newline: bool = False
+
+    @property
+    def stop(self) -> int:
+        """Index after the last token."""
+        return self.start + self.length
+
+    def newlines(self) -> list[int]:
+        """Indices, among the image's tokens, of the newline tokens of this segment."""
+        if self.kind == "newline":
+            return list(range(self.start, self.stop))
+        if not self.newline or self.grid is None:
+            return []
+        columns = self.grid[1]
+        return list(range(self.start + columns, self.stop, columns + 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The structure of one image's tokens, as host integers: ``segments`` cover ``[0, length)`` in order."""
+
+    length: int
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        at = 0
+        for segment in self.segments:
+            if segment.start != at:
+                raise ValueError(f"segment {segment} starts at {segment.start}, the one before it ends at {at}")
+            at = segment.stop
+        if at != self.length:
+            raise ValueError(f"segments cover {at} tokens of {self.length}")
+
+    @classmethod
+    def plain(cls, length: int, grid: tuple[int, int] | None = None) -> Layout:
+        """One picture without structure, or with the (rows, columns) of its patches."""
+        return cls(length, (Segment("image", 0, length, grid),))
+
+    def newlines(self) -> list[int]:
+        """Ascending indices of all newline tokens."""
+        return [i for segment in self.segments for i in segment.newlines()]
+
+    def without_newlines(self) -> Layout:
+        """The layout of the tokens that remain when all newline tokens are taken out."""
+        segments: list[Segment] = []
+        at = 0
+        for segment in self.segments:
+            length = segment.length - len(segment.newlines())
+            if segment.kind != "newline":
+                segments.append(replace(segment, start=at, length=length, newline=False))
+                at += length
+        return Layout(at, tuple(segments))
+
+    def of_kind(self, kind: Kind) -> tuple[Segment, ...]:
+        """The segments of this kind, in order."""
+        return tuple(segment for segment in self.segments if segment.kind == kind)
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of G images.
+
+    Attributes:
+        features: [G, N, d], any float dtype, in the language model's embedding space; rows past an image's length
+            are padding with unspecified content.
+        layouts: one per image; ``layouts[g].length`` is the number of its tokens (host integers, so that budgets
+            are known without waiting for the device).
+        ordinals: index of each image inside its sample. A method that draws random numbers seeds them with it, and
+            with nothing that depends on the rest of the batch.
+        signals: extra scores by name, each float32 [G, N] (padding 0); ``cls`` is the head-averaged attention of the
+            vision tower's CLS token to the patches behind each token.
+    """
+
+    features: Tensor
+    layouts: tuple[Layout, ...]
+    ordinals: tuple[int, ...]
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each image."""
+        return tuple(layout.length for layout in self.layouts)
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool [G, N]: True where there is a token, False where there is padding."""
+        lengths = torch.tensor(self.lengths).to(self.features.device, non_blocking=True)
+        return torch.arange(self.features.shape[1], device=self.features.device) < lengths[:, None]
+
+    def where(self, *kinds: Kind) -> Tensor:
+        """Bool [G, N]: True for the tokens inside segments of these kinds, newline tokens left out."""
+        rows = torch.zeros(self.features.shape[:2], dtype=torch.bool)
+        for g, layout in enumerate(self.layouts):
+            for segment in layout.segments:
+                if segment.kind in kinds:
+                    rows[g, segment.start : segment.stop] = True
+            if newlines := layout.newlines():
+                rows[g, newlines] = False
+        return rows.to(self.features.device, non_blocking=True)
+
+    def without_newlines(self) -> tuple[VisualTokens, Tensor]:
+        """The same images with their newline tokens taken out.
+
+        Returns:
+            The remaining tokens, and LongTensor [G, M]: where each of them stood (0 for padding).
+        """
+        layouts = tuple(layout.without_newlines() for layout in self.layouts)
+        index = torch.zeros(len(layouts), max((layout.length for layout in layouts), default=0), dtype=torch.long)
+        for g, layout in enumerate(self.layouts):
+            newlines = set(layout.newlines())
+            stays = [i for i in range(layout.length) if i not in newlines]
+            index[g, : len(stays)] = torch.tensor(stays, dtype=torch.long)
+        index = index.to(self.features.device, non_blocking=True)
+        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
+        tokens = VisualTokens(features, layouts, self.ordinals)
+        mask = tokens.mask
+        signals = {name: s.gather(1, index) * mask for name, s in self.signals.items()}
+        return replace(tokens, signals=signals), index
