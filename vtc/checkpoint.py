@@ -107,8 +107,8 @@ class Checkpoint:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
-        return cls(model, processor)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        return cls(model.to(device).eval(), processor)
 
     def ask(
         self,
@@ -120,7 +120,7 @@ class Checkpoint:
     ) -> Answer:
         """Answer greedily, pruned as ``config`` says or, without one, as the model is."""
         inputs = self.encode(image, question)
-        total = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+        total = int((inputs["input_ids"] == getattr(self.model.config, "image_token_id", -1)).sum())
         if config is None:
             return Answer(self._generate(inputs, max_new_tokens), total)
         with patch(self.model, config) as handle:
@@ -128,7 +128,7 @@ class Checkpoint:
             return Answer(text, total, self._views(handle, inputs.get("pixel_values")))
 
     def _views(self, handle: Patch, pixels: Tensor | None) -> tuple[View, ...]:
-        if handle.last_keep is None:
+        if handle.stage.last is None or handle.last_keep is None:
             return ()
         layouts = [image.layout for image in handle.stage.last[0].images]
         pictures: list[Image | None] = [None] * len(layouts)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 try:
     import typer
@@ -70,7 +70,10 @@ def _clear_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         if _show_traceback:
             raise
-        typer.echo(f"vtc: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            message += "; pip install 'visual-token-compression[demo]' brings what the commands need"
+        typer.echo(f"vtc: {message}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -98,7 +101,7 @@ def build_config(method: str, keep: str, options: list[str] | None, positions: s
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
         named[key] = value
-    return CompressionConfig.of(make_method(method, keep=parse_keep(keep), **named), positions)
+    return CompressionConfig.of(make_method(method, keep=parse_keep(keep), **named), cast(Any, positions))
 
 
 def main() -> None:

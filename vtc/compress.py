@@ -43,7 +43,10 @@ def compress_inputs(
     Args:
         model: as for :func:`vtc.patch`, not patched (a patched model prunes by itself).
         inputs: what ``model.generate(**inputs)`` would take: ``input_ids`` [B, N], ``attention_mask``, pixels, grids.
-        method, keep, positions, options: as for :func:`vtc.patch`.
+        method: as for :func:`vtc.patch`.
+        keep: as for :func:`vtc.patch`.
+        positions: as for :func:`vtc.patch`.
+        **options: as for :func:`vtc.patch`.
 
     Returns:
         Inputs for ``model.generate(**result)`` or ``model(**result)``: ``input_ids``, ``attention_mask`` and
@@ -64,9 +67,8 @@ def compress_inputs(
     for name in used:
         inputs.pop(name, None)
     if "position_ids" not in inputs:
-        inputs["position_ids"] = parts.root._prepare_position_ids_for_generation(
-            inputs["input_ids"], dict(inputs, **used)
-        )
+        ids = inputs["input_ids"]
+        inputs["position_ids"] = parts.root._prepare_position_ids_for_generation(ids, inputs | used)
     short = _shorten(adapter, parts, inputs["input_ids"], inputs, outputs, handle.method, handle.config.positions)
     return inputs if short is None else inputs | short.inputs
 
@@ -197,7 +199,7 @@ def _shorten(
     positions: str,
 ) -> _Short | None:
     """The shortened ids, masks, positions, token types and features; ``None`` when nothing is dropped."""
-    batch, width = ids.shape
+    width = ids.shape[1]
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape[1] != width:
         raise NotImplementedError("compressing a later turn needs vtc.patch: only the patch knows what a cache lacks")

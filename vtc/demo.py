@@ -7,6 +7,7 @@ command line prints what :func:`run_demo` returns.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -22,6 +23,7 @@ import vtc_tinyvlm
 from vtc.config import CompressionConfig
 from vtc.patching import patch
 from vtc.viz import overlay as draw
+from vtc_tinyvlm.evaluate import generate, prepare
 
 UNCOUNTED = "count"
 """The question type left out of the headline accuracy: how many tokens of an object remain changes the answer, though
@@ -136,30 +138,23 @@ def run_demo(
     model, processor = vtc_tinyvlm.load()
     model = model.to(device).eval()
     asked = vtc_tinyvlm.evaluation_questions(questions)
-    batches = [_encode(processor, asked[at : at + batch], model.device) for at in range(0, len(asked), batch)]
+    prepared = prepare(asked, processor, batch)
+    batches = [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in prepared]
 
-    def pruning() -> contextlib.AbstractContextManager[Any]:
-        return patch(model, config)
-
+    pruning = functools.partial(patch, model, config)
     progress(f"asking {len(asked)} questions, unpruned and pruned")
-    full_answers, pruned_answers, kept = [], [], []
-    for inputs in batches:
-        full_answers += _answers(model, processor, inputs)
-        with pruning() as handle:
-            pruned_answers += _answers(model, processor, inputs)
-            kept += handle.last_keep
+    full_answers, _ = _ask(model, processor, batches, contextlib.nullcontext)
+    pruned_answers, kept = _ask(model, processor, batches, pruning)
     progress(f"timing {repeats} pairs of prefills")
     pairs = _timed_pairs(model, batches[0], pruning, repeats)
 
-    images = len(asked)
-    tokens_full = sum(int((inputs["input_ids"] == model.config.image_token_id).sum()) for inputs in batches) / images
-    tokens_pruned = sum(len(image) for sample in kept for image in sample) / images
     size = len(batches[0]["input_ids"])
-    full = _side(asked, full_answers, [pair[0] for pair in pairs], size, tokens_full)
-    pruned = _side(asked, pruned_answers, [pair[1] for pair in pairs], size, tokens_pruned)
+    tokens = sum(int((inputs["input_ids"] == model.config.image_token_id).sum()) for inputs in batches) / len(asked)
+    full = _side(asked, full_answers, [pair[0] for pair in pairs], size, tokens)
+    pruned = _side(asked, pruned_answers, [pair[1] for pair in pairs], size, sum(map(len, kept)) / len(asked))
     if overlay is not None:
-        side = math.isqrt(round(tokens_full))
-        draw(asked[0].image, kept[0][0], (side, side)).save(overlay)
+        overlay.parent.mkdir(parents=True, exist_ok=True)
+        draw(asked[0].image, kept[0], (math.isqrt(round(tokens)),) * 2).save(overlay)
     return Report(
         config=config,
         full=full,
@@ -175,22 +170,17 @@ def run_demo(
     )
 
 
-def _encode(processor: Any, questions: Sequence[Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """One left-padded batch."""
-    return processor(
-        images=[q.image for q in questions],
-        text=[q.prompt for q in questions],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(device)
-
-
-@torch.inference_mode()
-def _answers(model: Any, processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
-    """Greedy answers of one batch."""
-    new = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+def _ask(
+    model: Any, processor: Any, batches: list[dict[str, torch.Tensor]], pruning: Callable[[], Any]
+) -> tuple[list[str], list[torch.Tensor]]:
+    """The answers, and what stayed of each question's image."""
+    answers: list[str] = []
+    kept: list[torch.Tensor] = []
+    for inputs in batches:
+        with pruning() as handle:
+            answers += generate(model, processor, inputs)
+            kept += [images[0] for images in handle.last_keep] if handle else []
+    return answers, kept
 
 
 def _timed_pairs(

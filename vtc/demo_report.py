@@ -56,7 +56,7 @@ def _summary(report: Report, name: str) -> Table:
 
 
 NOTES = """\
-Accuracy: greedy answers, with the Wilson 95 % interval; questions of type 'count' are left out here and shown below.
+Accuracy: first word of greedy answers, Wilson 95 % interval; questions of type 'count' are left out and shown below.
 Prefill: one forward pass over {report.batch} questions, with vision tower, projector, selection and language model; \
 of that, the part behind the projector, selection included. Median and range of {report.repeats} runs, unpruned and \
 pruned in turns after a warm-up; the factor is the median of their ratios.

@@ -41,7 +41,7 @@ def listening(
         signals = {}
         if "cls" in needs and rows:
             signals["cls"] = adapter.cls_scores(base, modality, torch.cat(rows), layouts, arguments)
-        encoded = Encoded(tuple(layouts), signals)
+        encoded = Encoded(tuple(layouts), signals, adapter.merge)
         setattr(output, _ATTACHED, encoded)
         if (frame := FRAME.get()) is not None:
             frame.encoded[modality] = encoded
@@ -55,7 +55,9 @@ def attached(adapter: Adapter, base: nn.Module, modality: str, output: Any) -> E
     if (encoded := getattr(output, _ATTACHED, None)) is not None:
         return encoded
     lengths = feature_lengths(output)
-    return None if lengths is None else Encoded(tuple(adapter.layouts(base, modality, lengths, {})))
+    return (
+        None if lengths is None else Encoded(tuple(adapter.layouts(base, modality, lengths, {})), merge=adapter.merge)
+    )
 
 
 def feature_lengths(output: Any) -> list[int] | None:

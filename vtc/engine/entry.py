@@ -86,12 +86,12 @@ def _ordinals(images: list[Located]) -> tuple[int, ...]:
 def _signals(method: Method, frame: Frame, images: list[Located]) -> dict[str, Tensor]:
     def find(name: str, image: Located) -> Tensor:
         scores = frame.encoded[image.modality].signals.get(name)
-        if scores is None or image.source is None:
+        if scores is None or not image.sources:
             raise ValueError(
                 f"method {method.name!r} needs the signal {name!r}, but the images of this prompt were encoded where "
                 "it could not be heard (before the model was patched?); pass pixel values to the patched model"
             )
-        return scores[image.source]
+        return torch.cat([scores[source] for source in image.sources])
 
     return {
         name: torch.nn.utils.rnn.pad_sequence([find(name, image) for image in images], batch_first=True)
@@ -121,6 +121,8 @@ class EntryStage:
     def __init__(self, adapter: Adapter, parts: Parts, method: Method, positions: str) -> None:
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
         self.last: tuple[Plan, Compaction | None, int] | None = None
+        self.hides_gaps = parts.flash
+        """Whether :meth:`before_layer` is installed: flash attention needs it, decode steps of others do not pay it."""
         self._base_signature = inspect.signature(parts.base.forward)
         self._decoder_signature = inspect.signature(parts.decoder.forward)
 
@@ -163,8 +165,7 @@ class EntryStage:
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prune a prompt; in a decode step only shift positions, and only if they are compact."""
-        frame = FRAME.get()
-        if torch.compiler.is_compiling() or is_bypassed() or frame is None:
+        if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None:
             return None
         call = _named(self._decoder_signature, args, kwargs)
         cache = call.get("past_key_values")
@@ -182,6 +183,17 @@ class EntryStage:
             self._compact(call, frame, frame.compaction)
         return (), call
 
+    def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Flash attention takes gaps in one prompt's positions for packed sequences; layers need no positions.
+
+        They rotate with ``position_embeddings``, which were made from the positions before.
+        """
+        if torch.compiler.is_compiling() or kwargs.get("position_ids") is None or (frame := FRAME.get()) is None:
+            return None
+        if frame.compaction is None and slot_map(kwargs.get("past_key_values")) is None:
+            return None
+        return args, kwargs | {"position_ids": None}
+
     def _shift(self, call: dict[str, Any], slots: SlotMap | None, cache: Any) -> None:
         """Compact positions: the caller counts dropped tokens of earlier prompts, the rotary embedding must not."""
         if slots is None or self.positions != "compact":
@@ -195,6 +207,11 @@ class EntryStage:
         call["position_ids"] = ids - slots.dropped.to(ids.device)[:, None]
 
     def _compact(self, call: dict[str, Any], frame: Frame, compact: Compaction) -> None:
+        if self.parts.flash and not self.hides_gaps:
+            raise RuntimeError(
+                "the attention implementation was switched to flash attention after vtc.patch, whose hooks do not fit "
+                "it; vtc.unpatch(model) and patch again"
+            )
         embeds: Tensor = call["inputs_embeds"]
         batch, width = embeds.shape[:2]
         cache = self._cache(call)
@@ -258,8 +275,7 @@ class EntryStage:
         """One mask that the base model prepared for the layers like ``layer``."""
         if mask is None and not compact.holes:
             return None
-        flash = "flash" in str(self.parts.decoder.config._attn_implementation)
-        if flash or (mask is not None and mask.dim() == 2):
+        if self.parts.flash or (mask is not None and mask.dim() == 2):
             return padding
         length, offset = (compact.length, 0) if cache is None else cache.get_mask_sizes(compact.length, layer)
         if mask is None:  # plainly causal so far; the holes need a mask

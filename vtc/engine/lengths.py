@@ -79,6 +79,16 @@ class SlotMap:
         self.dropped = self.dropped + dropped
         self.holes = self.holes or holes
 
+    def crop(self, count: int) -> bool:
+        """Forget the last ``count`` columns; ``False`` (and nothing changes) unless every row stored all of them."""
+        last = torch.arange(self.logical - count, self.logical, device=self.columns.device)
+        tail = self.columns[:, self.physical - count :]
+        if count > self.physical or not ((tail == last) & self.valid[:, self.physical - count :]).all():
+            return False
+        self.columns, self.valid = self.columns[:, :-count], self.valid[:, :-count]
+        self.logical -= count
+        return True
+
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or select rows, as the cache does to its keys."""
         for name in ("columns", "valid", "dropped"):
@@ -105,10 +115,11 @@ class _PrunedCache:
         assert slots is not None
         length = physical_length(self)  # type: ignore[arg-type]
         remove = -tokens if tokens <= 0 else length + slots.removed - tokens
-        if remove > length - slots.physical:
+        inside = remove - (length - slots.physical)  # columns of the pruned prompt itself
+        if inside > 0 and not slots.crop(inside):
             raise ValueError(
-                f"crop would remove {remove} tokens, but only the last {length - slots.physical} of this cache were "
-                "stored after visual tokens were dropped; rows cannot be cut inside a pruned prompt. Start a new cache."
+                f"crop would remove {remove} tokens, {inside} of them from a prompt that lost visual tokens there; "
+                "rows lost different ones and cannot be cut together. Start a new cache."
             )
         super().crop(-remove if tokens <= 0 else length - remove)  # type: ignore[misc]
 

@@ -6,7 +6,7 @@ it has features, whether or not text or other images stand beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +20,14 @@ class Encoded:
     """What the vision side said of the images of one modality, in encoder order.
 
     Attributes:
-        layouts: one per image.
-        signals: by name, one float tensor [n] per image.
+        layouts: one per entry.
+        signals: by name, one float tensor [n] per entry.
+        merge: how entries that follow each other without text between make one image, ``None`` if each is one.
     """
 
     layouts: tuple[Layout, ...]
     signals: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    merge: Callable[[Sequence[Layout]], Layout] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Located:
         columns: LongTensor [n] on the host, ascending.
         layout: structure of its n tokens.
         modality: ``image`` or ``video``.
-        source: its index in the encoder's output, ``None`` if that is not known.
+        sources: its entries in the encoder's output, in order; empty if that is not known.
     """
 
     row: int
     columns: Tensor
     layout: Layout
     modality: str
-    source: int | None
+    sources: tuple[int, ...]
 
 
 def locate(placeholders: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> list[Located]:
@@ -70,15 +72,29 @@ def _of_modality(modality: str, mask: Tensor, encoded: Encoded) -> list[Located]
     shares = _share(counts, [layout.length for layout in encoded.layouts])
     if shares is None:  # lengths that do not add up to the placeholders: an image is a run without text in it
         return [
-            Located(row, run, Layout.plain(len(run)), modality, None)
+            Located(row, run, Layout.plain(len(run)), modality, ())
             for row, own in enumerate(columns)
             for run in _runs(own)
         ]
-    return [
-        Located(row, part, encoded.layouts[source], modality, source)
-        for row, (own, sources) in enumerate(zip(columns, shares, strict=True))
-        for source, part in zip(sources, own.split([encoded.layouts[s].length for s in sources]), strict=True)
-    ]
+    images: list[Located] = []
+    for row, (own, sources) in enumerate(zip(columns, shares, strict=True)):
+        parts = own.split([encoded.layouts[s].length for s in sources])
+        for group in _groups(sources, parts, encoded.merge is not None):
+            layouts = [encoded.layouts[s] for s, _ in group]
+            layout = layouts[0] if encoded.merge is None else encoded.merge(layouts)
+            images.append(Located(row, torch.cat([p for _, p in group]), layout, modality, tuple(s for s, _ in group)))
+    return images
+
+
+def _groups(sources: Sequence[int], parts: Sequence[Tensor], merge: bool) -> list[list[tuple[int, Tensor]]]:
+    """Entries that make one image each: alone, or (``merge``) with those that touch them."""
+    groups: list[list[tuple[int, Tensor]]] = []
+    for source, part in zip(sources, parts, strict=True):
+        if merge and groups and groups[-1][-1][1][-1] + 1 == part[0]:
+            groups[-1].append((source, part))
+        else:
+            groups.append([(source, part)])
+    return groups
 
 
 def _share(counts: list[int], lengths: list[int]) -> list[list[int]] | None:

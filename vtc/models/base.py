@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,11 @@ class Parts:
         return "mrope_section" in str(getattr(self.decoder.config, "rope_parameters", None))
 
     @property
+    def flash(self) -> bool:
+        """The language model attends through a flash_attention package (now: it can be switched at any time)."""
+        return "flash" in str(self.decoder.config._attn_implementation)
+
+    @property
     def builds_masks_early(self) -> bool:
         """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
         return hasattr(type(self.root), "create_masks_for_generate")
@@ -97,9 +102,12 @@ class Adapter:
             arguments: what the encoder was called with (pixels, grids, sizes); empty when that is not known.
 
         Returns:
-            One layout per image, in encoder order; entries may be merged (tiles of one image) but not reordered.
+            One layout per image, in encoder order; entries may be joined or split, not reordered.
         """
         return [Layout.plain(n, square(n)) for n in lengths]
+
+    merge: Callable[[Sequence[Layout]], Layout] | None = None
+    """A method, where encoder entries that stand together in the prompt are tiles of one image: their joint layout."""
 
     def offers(self, parts: Parts) -> frozenset[str]:
         """Signals that this very model can give, e.g. ``cls`` only where the vision tower has a CLS token."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtc.models import clip
 from vtc.models.base import Adapter, register_model, square
-from vtc.tokens import Layout
+from vtc.tokens import Layout, Segment
 
 
 @register_model
@@ -19,7 +19,17 @@ class InternVL(Adapter):
 
     families = {"internvl": ("image",)}
     signals = ("cls",)
-    notes = "every tile counts as an image of its own; cls is averaged over the 2x2 patches behind a token"
+    notes = "tiles of a split image make one image; cls is averaged over the 2x2 patches behind a token"
+
+    def merge(self, tiles: Sequence[Layout]) -> Layout:
+        """The processor puts a thumbnail behind the tiles of a split image."""
+        if len(tiles) == 1:
+            return tiles[0]
+        segments: list[Segment] = []
+        for index, tile in enumerate(tiles):
+            kind = "thumbnail" if index == len(tiles) - 1 else "crops"
+            segments.append(Segment(kind, sum(t.length for t in tiles[:index]), tile.length, square(tile.length)))
+        return Layout(sum(t.length for t in tiles), tuple(segments))
 
     def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
         return clip.cls_attention(base.vision_tower)

@@ -95,7 +95,7 @@ class _AnyRes(Adapter):
 
     def _video(self, n: int, arguments: Mapping[str, Any]) -> Layout:
         """Equal frames, and in LLaVA-OneVision one newline at the end, which older releases add after encoding."""
-        frames = arguments["pixel_values_videos"].shape[1]
+        frames = _frames(arguments)
         newline = 0
         if self.video_newline:
             newline, n = 1, n + (n % frames == 0)
@@ -115,6 +115,12 @@ class _AnyRes(Adapter):
             rows = nn.functional.pad(rows, (1, 0))
         pictures = list(rows[..., None].split(self._pictures(base, arguments)))
         return self._pack(base, pictures, arguments)
+
+
+def _frames(arguments: Mapping[str, Any]) -> int:
+    """Frames per video, from pixels [videos, frames, ...]; releases name the argument differently."""
+    pixels = arguments.get("pixel_values_videos")
+    return (arguments["pixel_values"] if pixels is None else pixels).shape[1]
 
 
 def _has_cls(base: nn.Module) -> bool:
@@ -170,12 +176,12 @@ class VideoLlava(Adapter):
     def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         if modality == "image":
             return super().layouts(base, modality, lengths, arguments)
-        if "pixel_values_videos" not in arguments:
+        if not arguments:
             raise ValueError(
                 "Video-LLaVA's encoder returns frames, and these were encoded before vtc could see how many make a "
                 "video; vtc.patch(model, ...) before encoding"
             )
-        frames = arguments["pixel_values_videos"].shape[1]
+        frames = _frames(arguments)
         each = lengths[0]
         segments = tuple(Segment("frame", f * each, each) for f in range(frames))
         return [Layout(frames * each, segments) for _ in range(len(lengths) // frames)]

@@ -1,0 +1,27 @@
+"""What CI runs: `nox` lints, then tests on the newest transformers and on the oldest one supported."""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "tests"]
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, as a linter and as a formatter."""
+    session.install("ruff>=0.12")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+@nox.parametrize("transformers", ["transformers==5.17.*", "transformers"], ids=["oldest", "newest"])
+def tests(session: nox.Session, transformers: str) -> None:
+    """The whole test suite; arguments after `--` go to pytest."""
+    session.install("--upgrade", "-c", "constraints.txt", "-e", ".[test]", transformers)
+    arguments = session.posargs or ["-q", "-n", "2"]
+    session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
