@@ -21,7 +21,7 @@ from vtc.config import CompressionConfig
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Frame, bypassed
 from vtc.engine.encode import attached
-from vtc.engine.entry import Plan, compaction, plan
+from vtc.engine.plan import Plan, compaction, plan
 from vtc.methods import Method
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import MODALITIES

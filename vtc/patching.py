@@ -207,6 +207,7 @@ def _install(handle: Patch) -> None:
     pre = functools.partial(nn.Module.register_forward_pre_hook, prepend=True, with_kwargs=True)
     undo.append(pre(parts.base, stage.before_base).remove)
     undo.append(pre(parts.decoder, stage.before_decoder).remove)
+    undo.append(parts.root.register_forward_hook(stage.after_root, always_call=True).remove)
     if stage.hides_gaps:
         undo.extend(pre(layer, stage.before_layer).remove for layer in parts.layers)
     for modality in MODALITIES:

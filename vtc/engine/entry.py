@@ -9,110 +9,23 @@ embeddings, positions, masks and whatever else is aligned with the sequence. Not
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtc.engine import masks
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import FRAME, PREPARED_MASK, Frame, is_bypassed
 from vtc.engine.encode import attached
 from vtc.engine.lengths import SlotMap, adopt, physical_length, slot_map
-from vtc.engine.locate import Located, locate
+from vtc.engine.plan import Plan, compaction, plan
 from vtc.methods import Method
 from vtc.models import Adapter, Parts
-from vtc.tokens import VisualTokens
 
 _DEEPSTACK = ("deepstack_visual_embeds", "deepstack_features")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The decision for one batch of prompts.
-
-    Attributes:
-        images: what was found, by row.
-        keep: bool [G, N], which of each image's tokens stay (on the model's device).
-        counts: how many (host integers).
-        flat: LongTensor [G, N], where each token sits in the flattened batch; padding points past its end.
-    """
-
-    images: list[Located]
-    keep: Tensor
-    counts: tuple[int, ...]
-    flat: Tensor
-
-    @property
-    def drops(self) -> bool:
-        """Whether anything goes."""
-        return any(k < image.layout.length for k, image in zip(self.counts, self.images, strict=True))
-
-    def kept(self, batch: int) -> list[list[Tensor]]:
-        """Kept indices among each image's tokens, by sample and image."""
-        samples: list[list[Tensor]] = [[] for _ in range(batch)]
-        for image, row in zip(self.images, self.keep.cpu(), strict=True):
-            samples[image.row].append(row.nonzero()[:, 0])
-        return samples
-
-
-def plan(method: Method, frame: Frame, embeds: Tensor) -> Plan | None:
-    """Find the images of a call and let the method choose.
-
-    ``embeds`` [B, N, d] is what enters the decoder; at placeholders these are the projected features.
-    """
-    placeholders = {m: mask for m, mask in frame.placeholders.items() if m in frame.encoded}
-    images = locate(placeholders, frame.encoded) if placeholders else []
-    if not images:
-        return None
-    width = embeds.shape[1]
-    flat = torch.nn.utils.rnn.pad_sequence(
-        [image.row * width + image.columns for image in images],
-        batch_first=True,
-        padding_value=embeds.shape[0] * width,
-    ).to(embeds.device, non_blocking=True)
-    features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * width - 1)]
-    tokens = VisualTokens(features, tuple(i.layout for i in images), _ordinals(images), _signals(method, frame, images))
-    keep, counts = method.keep_mask(tokens)
-    return Plan(images, keep, counts, flat)
-
-
-def _ordinals(images: list[Located]) -> tuple[int, ...]:
-    rows = [image.row for image in images]
-    return tuple(rows[:g].count(row) for g, row in enumerate(rows))
-
-
-def _signals(method: Method, frame: Frame, images: list[Located]) -> dict[str, Tensor]:
-    def find(name: str, image: Located) -> Tensor:
-        scores = frame.encoded[image.modality].signals.get(name)
-        if scores is None or not image.sources:
-            raise ValueError(
-                f"method {method.name!r} needs the signal {name!r}, but the images of this prompt were encoded where "
-                "it could not be heard (before the model was patched?); pass pixel values to the patched model"
-            )
-        return torch.cat([scores[source] for source in image.sources])
-
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([find(name, image) for image in images], batch_first=True)
-        for name in method.needs
-    }
-
-
-def compaction(plan: Plan, frame: Frame, shape: torch.Size) -> Compaction:
-    """From the plan to the columns that stay in each row: text, kept visual tokens, no padding."""
-    batch, width = shape
-    device = plan.keep.device
-    gone = torch.zeros(batch * width + 1, dtype=torch.bool, device=device)
-    gone = gone.scatter(0, plan.flat.flatten(), ~plan.keep.flatten())[:-1].view(batch, width)
-    real = None if frame.mask is None else frame.mask[:, -width:].bool()
-    keep = ~gone if real is None else ~gone & real.to(device)
-    dropped = [0] * batch
-    for image, count in zip(plan.images, plan.counts, strict=True):
-        dropped[image.row] += image.layout.length - count
-    lengths = [width] * batch if real is None else frame.lengths
-    assert lengths is not None
-    return Compaction.of(keep, [n - d for n, d in zip(lengths, dropped, strict=True)], dropped, frame.pad_right)
 
 
 class EntryStage:
@@ -161,6 +74,12 @@ class EntryStage:
                 frame.encoded[modality] = encoded
         frame.see_padding(next(x for x in (ids, embeds) if x is not None).shape[1])
 
+    @staticmethod
+    def after_root(root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Close the frame, also when the forward pass raised."""
+        if not torch.compiler.is_compiling():
+            FRAME.set(None)
+
     # -- the decoder ----------------------------------------------------------------------------------------------
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,6 +94,11 @@ class EntryStage:
         embeds: Tensor = call["inputs_embeds"]
         decision = plan(self.method, frame, embeds)
         if decision is None:
+            if physical_length(cache) == 0:
+                warnings.warn(
+                    "this prompt has image placeholders, but no image was encoded for it: nothing is pruned",
+                    stacklevel=2,
+                )
             return (), call
         self.last = (decision, None, embeds.shape[0])
         if decision.drops:
@@ -219,7 +143,9 @@ class EntryStage:
         ids = call.get("position_ids")
         if ids is None:
             ids = torch.arange(width, device=embeds.device)[None] + (0 if cache is None else cache.get_seq_length())
-        call["attention_mask"] = self._masks(call.get("attention_mask"), frame, compact, cache, past)
+        call["attention_mask"] = masks.shortened(
+            self.parts, call.get("attention_mask"), frame.mask, compact, cache, past
+        )
         self._deepstack(call, frame, compact)
         for name, value in call.items():
             if name in ("attention_mask", "position_ids", "past_key_values"):
@@ -244,44 +170,6 @@ class EntryStage:
 
             cache = call["past_key_values"] = DynamicCache(config=self.parts.decoder.config)
         return cache
-
-    def _masks(self, mask: Any, frame: Frame, compact: Compaction, cache: Any, past: int) -> Any:
-        """What the decoder gets for a mask: a 2-D one it builds its own from, or the given ones without columns."""
-        padding = self._padding(frame, compact, cache, past)
-        if not self.parts.builds_masks_early or mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            return padding
-        if not isinstance(mask, dict):
-            return self._prepared(mask, padding, compact, cache, past, layer=0)
-        types = self.parts.decoder.config.layer_types
-        return {
-            kind: self._prepared(one, padding, compact, cache, past, types.index(kind)) for kind, one in mask.items()
-        }
-
-    def _padding(self, frame: Frame, compact: Compaction, cache: Any, past: int) -> Tensor | None:
-        """Bool [B, past + M], ``None`` where nothing is padding and a cache says so.
-
-        Without a cache an explicit mask also keeps gaps in the positions from being taken for packed sequences.
-        """
-        head = None if frame.mask is None else frame.mask[:, : frame.mask.shape[1] - compact.width]
-        if cache is not None and not compact.holes and (head is None or not head.shape[1]):
-            return None
-        if head is None:
-            head = compact.valid.new_ones(compact.valid.shape[0], past)
-        return torch.cat([head.bool(), compact.valid.to(head.device)], dim=1)
-
-    def _prepared(
-        self, mask: Tensor | None, padding: Tensor | None, compact: Compaction, cache: Any, past: int, layer: int
-    ) -> Tensor | None:
-        """One mask that the base model prepared for the layers like ``layer``."""
-        if mask is None and not compact.holes:
-            return None
-        if self.parts.flash or (mask is not None and mask.dim() == 2):
-            return padding
-        length, offset = (compact.length, 0) if cache is None else cache.get_mask_sizes(compact.length, layer)
-        if mask is None:  # plainly causal so far; the holes need a mask
-            seen = past - offset
-            mask = compact.keep.new_ones(1, 1, compact.width, seen + compact.width).tril(seen)
-        return compact.attention(mask, past - offset, length)
 
     def _deepstack(self, call: dict[str, Any], frame: Frame, compact: Compaction) -> None:
         """Features added to early layers come as rows in (batch, sequence) order of all visual tokens."""

@@ -1,0 +1,101 @@
+"""The decision about one batch of prompts: which images are where, what the method keeps, which columns that leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.engine.compaction import Compaction
+from vtc.engine.context import Frame
+from vtc.engine.locate import Located, locate
+from vtc.methods import Method
+from vtc.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for one batch of prompts.
+
+    Attributes:
+        images: what was found, by row.
+        keep: bool [G, N], which of each image's tokens stay (on the model's device).
+        counts: how many (host integers).
+        flat: LongTensor [G, N], where each token sits in the flattened batch; padding points past its end.
+    """
+
+    images: list[Located]
+    keep: Tensor
+    counts: tuple[int, ...]
+    flat: Tensor
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything goes."""
+        return any(k < image.layout.length for k, image in zip(self.counts, self.images, strict=True))
+
+    def kept(self, batch: int) -> list[list[Tensor]]:
+        """Kept indices among each image's tokens, by sample and image."""
+        samples: list[list[Tensor]] = [[] for _ in range(batch)]
+        for image, row in zip(self.images, self.keep.cpu(), strict=True):
+            samples[image.row].append(row.nonzero()[:, 0])
+        return samples
+
+
+def plan(method: Method, frame: Frame, embeds: Tensor) -> Plan | None:
+    """Find the images of a call and let the method choose.
+
+    ``embeds`` [B, N, d] is what enters the decoder; at placeholders these are the projected features.
+    """
+    placeholders = {m: mask for m, mask in frame.placeholders.items() if m in frame.encoded}
+    images = locate(placeholders, frame.encoded) if placeholders else []
+    if not images:
+        return None
+    width = embeds.shape[1]
+    flat = torch.nn.utils.rnn.pad_sequence(
+        [image.row * width + image.columns for image in images],
+        batch_first=True,
+        padding_value=embeds.shape[0] * width,
+    ).to(embeds.device, non_blocking=True)
+    features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * width - 1)]
+    tokens = VisualTokens(features, tuple(i.layout for i in images), _ordinals(images), _signals(method, frame, images))
+    keep, counts = method.keep_mask(tokens)
+    return Plan(images, keep, counts, flat)
+
+
+def _ordinals(images: list[Located]) -> tuple[int, ...]:
+    rows = [image.row for image in images]
+    return tuple(rows[:g].count(row) for g, row in enumerate(rows))
+
+
+def _signals(method: Method, frame: Frame, images: list[Located]) -> dict[str, Tensor]:
+    def find(name: str, image: Located) -> Tensor:
+        scores = frame.encoded[image.modality].signals.get(name)
+        if scores is None or not image.sources:
+            raise ValueError(
+                f"method {method.name!r} needs the signal {name!r}, but the images of this prompt were encoded where "
+                "it could not be heard (before the model was patched?); pass pixel values to the patched model"
+            )
+        return torch.cat([scores[source] for source in image.sources])
+
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([find(name, image) for image in images], batch_first=True)
+        for name in method.needs
+    }
+
+
+def compaction(plan: Plan, frame: Frame, shape: torch.Size) -> Compaction:
+    """From the plan to the columns that stay in each row: text, kept visual tokens, no padding."""
+    batch, width = shape
+    device = plan.keep.device
+    gone = torch.zeros(batch * width + 1, dtype=torch.bool, device=device)
+    gone = gone.scatter(0, plan.flat.flatten(), ~plan.keep.flatten())[:-1].view(batch, width)
+    real = None if frame.mask is None else frame.mask[:, -width:].bool()
+    keep = ~gone if real is None else ~gone & real.to(device)
+    dropped = [0] * batch
+    for image, count in zip(plan.images, plan.counts, strict=True):
+        dropped[image.row] += image.layout.length - count
+    lengths = [width] * batch if real is None else frame.lengths
+    assert lengths is not None
+    return Compaction.of(keep, [n - d for n, d in zip(lengths, dropped, strict=True)], dropped, frame.pad_right)
