@@ -152,3 +152,29 @@ class VisualTokens:
         mask = tokens.mask
         signals = {name: s.gather(1, index) * mask for name, s in self.signals.items()}
         return replace(tokens, signals=signals), index
+
+
+@dataclass(frozen=True)
+class InsideTokens:
+    """The visual tokens of G images between two decoder layers, where some may have left already.
+
+    Attributes:
+        features: float [G, N, d], hidden states entering the next layer; rows that are not ``alive`` are unspecified.
+        layouts: of the images as they were encoded: index n means the same token before and inside the model.
+        samples: sample of each image; some decisions are made for a whole sample.
+        alive: bool [G, N], tokens still in the sequence.
+        counts: how many those are (host integers).
+        given: how many entered the language model: the count that published schedules refer to.
+        signals: what the stage asked for, float32. Per token [G, N], 0 where not alive: ``instruction`` (attention of
+            the text behind the last image, averaged over heads and those rows), ``last`` (of the last row alone),
+            ``transition`` (what :meth:`Method.transition` returned, summed over modules and layers so far). Per image
+            [G], equal within a sample: ``text_to_visual`` and ``visual_to_text``, shares of attention.
+    """
+
+    features: Tensor
+    layouts: tuple[Layout, ...]
+    samples: tuple[int, ...]
+    alive: Tensor
+    counts: tuple[int, ...]
+    given: tuple[int, ...]
+    signals: Mapping[str, Tensor] = field(default_factory=dict)

@@ -13,12 +13,30 @@ import torch
 from torch import Tensor
 
 from vtc.budget import Keep, check_keep, count
-from vtc.tokens import VisualTokens
+from vtc.tokens import InsideTokens, VisualTokens
 
 Newlines = Literal["candidates", "keep"]
 M = TypeVar("M", bound="type[Method]")
 
 _REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A place between two decoder layers where tokens may leave.
+
+    Attributes:
+        after: how many layers run before, 1 <= after < depth (papers count layers from 1: "after layer 7").
+        signals: names of ``InsideTokens.signals`` that :meth:`Method.keep_inside` reads there.
+        attention: index, from 0, of the layer whose attention rows make ``instruction``, ``last`` and the two shares;
+            its q and k projections are applied to what enters it. Default: the next layer, ``after``.
+        transitions: indices, from 0, of the layers whose transitions are summed up to here.
+    """
+
+    after: int
+    signals: frozenset[str] = frozenset()
+    attention: int | None = None
+    transitions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +76,36 @@ class Method(ABC):
     def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
         """Tokens kept of each image; a later allocator may move the shares between images."""
         return tuple(count(self.keep, n) for n in tokens.lengths)
+
+    def stages(self, depth: int) -> tuple[Stage, ...]:
+        """Where tokens leave inside a language model of ``depth`` layers, in order; nowhere by default.
+
+        Raises:
+            ValueError: the schedule does not fit a model of that depth.
+        """
+        return ()
+
+    def transition(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:
+        """Score how one module (attention or MLP) changes each token; for stages that ask for ``transition``.
+
+        Args:
+            before: [B, L, d], the module's input, after its norm.
+            after: [B, L, d], its output, before the residual addition.
+            real: bool [B, L], False for padding.
+            visual: bool [B, L], True for visual tokens.
+
+        Returns:
+            Float32 [B, L].
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for transitions but does not score them")
+
+    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
+        """Which tokens survive stage ``index`` of :meth:`stages`.
+
+        Returns:
+            Bool [G, N], a subset of ``tokens.alive``, and how many that is for each image (host integers).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has stages but does not choose in them")
 
     @abstractmethod
     def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
