@@ -14,7 +14,7 @@ from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
-from vtc.engine.generation import no_continuous_batching, preparing, pruning_labels, whole_prompts_only
+from vtc.engine.generation import never_compiled, no_continuous_batching, preparing, pruning_labels, whole_prompts_only
 from vtc.engine.taps import tap_cls
 from vtc.methods import Method, make_method
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
@@ -210,6 +210,7 @@ def _install(handle: Patch) -> None:
     undo.append(parts.root.register_forward_hook(stage.after_root, always_call=True).remove)
     if stage.hides_gaps:
         undo.extend(pre(layer, stage.before_layer).remove for layer in parts.layers)
+    undo.extend(stage.layers.hooks())
     for modality in MODALITIES:
         name = f"get_{modality}_features"
         if hasattr(parts.base, name):
@@ -221,6 +222,9 @@ def _install(handle: Patch) -> None:
     _wrap(undo, parts.root, "prepare_inputs_for_generation", lambda f: preparing(f, handle.config.positions))
     _wrap(undo, parts.root, "_prefill", lambda f: whole_prompts_only(f, frozenset(parts.placeholders.values())))
     _wrap(undo, parts.root, "generate_batch", lambda f: no_continuous_batching)
+    if stage.layers.stages:
+        _wrap(undo, parts.decoder, "_deepstack_process", stage.layers.deepstack)
+        _wrap(undo, parts.root, "_valid_auto_compile_criteria", lambda f: never_compiled)
     _set(undo, parts.root, "_loss_function", pruning_labels(parts.root.loss_function))
     undo.append(functools.partial(_forget_compiled, parts.root))
 

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vtc.engine.compaction import Compaction
 from vtc.engine.locate import Encoded
+
+if TYPE_CHECKING:
+    from vtc.engine.inside import Inside
 
 
 @dataclass
@@ -24,6 +28,9 @@ class Frame:
         compaction: what the entry stage did, once it ran.
         lengths: new columns of each row that are not padding (host integers), where there is a mask.
         pad_right: padding stands at the end of rows, as in training.
+        logical: the 2-D padding mask over logical columns, as the caller gave it.
+        inside: what is in the sequence between the layers of a prefill, where a method has stages there.
+        later_masks: masks made in a decode step, by (first layer of the stage, layer type).
     """
 
     placeholders: dict[str, Tensor] = field(default_factory=dict)
@@ -32,6 +39,9 @@ class Frame:
     compaction: Compaction | None = None
     lengths: list[int] | None = None
     pad_right: bool = False
+    logical: Tensor | None = None
+    inside: Inside | None = None
+    later_masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
 
     def see_padding(self, width: int) -> None:
         """Read from ``mask`` how many of the last ``width`` columns are real: a host sync."""
@@ -42,8 +52,8 @@ class Frame:
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("vtc_frame", default=None)
-PREPARED_MASK: ContextVar[Tensor | None] = ContextVar("vtc_prepared_mask", default=None)
-"""The physical padding mask behind the 4-D one that ``prepare_inputs_for_generation`` just built."""
+PREPARED_MASKS: ContextVar[tuple[Tensor | None, Tensor | None]] = ContextVar("vtc_masks", default=(None, None))
+"""The logical and the physical 2-D mask behind the 4-D one that ``prepare_inputs_for_generation`` just built."""
 
 _CLS_ROWS: ContextVar[list[Tensor] | None] = ContextVar("vtc_cls_rows", default=None)
 _BYPASS: ContextVar[bool] = ContextVar("vtc_bypass", default=False)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from vtc.engine import masks
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import FRAME, PREPARED_MASK, Frame, is_bypassed
+from vtc.engine.context import FRAME, PREPARED_MASKS, Frame, is_bypassed
 from vtc.engine.encode import attached
+from vtc.engine.inside import Inside
+from vtc.engine.layers import LayerStages
 from vtc.engine.lengths import SlotMap, adopt, physical_length, slot_map
 from vtc.engine.plan import Plan, compaction, plan
 from vtc.methods import Method
@@ -34,6 +36,8 @@ class EntryStage:
     def __init__(self, adapter: Adapter, parts: Parts, method: Method, positions: str) -> None:
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
         self.last: tuple[Plan, Compaction | None, int] | None = None
+        self.layers = LayerStages(parts, method)
+        self.last_inside: Inside | None = None
         self.hides_gaps = parts.flash
         """Whether :meth:`before_layer` is installed: flash attention needs it, decode steps of others do not pay it."""
         self._base_signature = inspect.signature(parts.base.forward)
@@ -49,16 +53,16 @@ class EntryStage:
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         new = (embeds if ids is None else ids).shape[1]
         cache = call.get("past_key_values")
-        mask = call.get("attention_mask")
+        mask = logical = call.get("attention_mask")
         if (slots := slot_map(cache)) is not None and (mask is None or isinstance(mask, Tensor)):
             length = physical_length(cache) + new
             if mask is None or (mask.dim() == 2 and mask.shape[1] == length + slots.removed):
                 call["attention_mask"] = mask = slots.physical_mask(mask, length)
-        prepared = PREPARED_MASK.get()
-        PREPARED_MASK.set(None)
+        prepared = PREPARED_MASKS.get()
+        PREPARED_MASKS.set((None, None))
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            mask = prepared  # a static cache: the 2-D mask was seen where the 4-D one was made
-        frame = Frame(mask=mask)
+            logical, mask = prepared  # a static cache: the 2-D mask was seen where the 4-D one was made
+        frame = Frame(mask=mask, logical=logical)
         if new > 1:
             self._see_placeholders(frame, call, ids, embeds)
         FRAME.set(frame)
@@ -101,10 +105,12 @@ class EntryStage:
                 )
             return (), call
         self.last = (decision, None, embeds.shape[0])
-        if decision.drops:
+        if decision.drops or self.layers.stages:
             frame.compaction = compaction(decision, frame, embeds.shape[:2])
             self.last = (decision, frame.compaction, embeds.shape[0])
-            self._compact(call, frame, frame.compaction)
+            self._compact(call, frame, decision, frame.compaction)
+            if self.layers.stages:
+                self.last_inside = frame.inside
         return (), call
 
     def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,7 +136,7 @@ class EntryStage:
             return
         call["position_ids"] = ids - slots.dropped.to(ids.device)[:, None]
 
-    def _compact(self, call: dict[str, Any], frame: Frame, compact: Compaction) -> None:
+    def _compact(self, call: dict[str, Any], frame: Frame, decision: Plan, compact: Compaction) -> None:
         if self.parts.flash and not self.hides_gaps:
             raise RuntimeError(
                 "the attention implementation was switched to flash attention after vtc.patch, whose hooks do not fit "
@@ -140,6 +146,9 @@ class EntryStage:
         batch, width = embeds.shape[:2]
         cache = self._cache(call)
         past = physical_length(cache)
+        if self.layers.stages:
+            starts = self._starts(cache, past, width)
+            self.layers.begin(frame, Inside.begin(decision, compact, frame.pad_right, starts), cache)
         ids = call.get("position_ids")
         if ids is None:
             ids = torch.arange(width, device=embeds.device)[None] + (0 if cache is None else cache.get_seq_length())
@@ -160,6 +169,14 @@ class EntryStage:
             slots = adopt(cache, batch, embeds.device)
             dropped = torch.tensor(compact.dropped, device=embeds.device)
             slots.extend(past, compact.index, compact.valid, width, dropped, compact.holes)
+
+    def _starts(self, cache: Any, past: int, new: int) -> dict[str | None, int]:
+        """Where a call's own keys begin in prepared masks, by layer type: windows forget what is far behind."""
+        config = self.parts.decoder.config
+        types = getattr(config, "layer_types", None) or [None]
+        if cache is None:
+            return dict.fromkeys(types, 0)
+        return {kind: past - cache.get_mask_sizes(new, types.index(kind))[1] for kind in set(types)}
 
     def _cache(self, call: dict[str, Any]) -> Any:
         """The call's cache; one is made here if the decoder would make one, so that the state has a home."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import FRAME, PREPARED_MASK, is_bypassed
+from vtc.engine.context import FRAME, PREPARED_MASKS, is_bypassed
 from vtc.engine.lengths import physical_length, slot_map
 
 
@@ -32,7 +32,7 @@ def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]
         cache = get("past_key_values")
         if is_bypassed() or not getattr(cache, "is_compileable", False):
             return prepare(*args, **kwargs)
-        mask = get("attention_mask")
+        mask = logical = get("attention_mask")
         if (slots := slot_map(cache)) is not None:
             ids = get("input_ids") if get("inputs_embeds") is None else get("inputs_embeds")
             new = get("next_sequence_length") or ids.shape[1]
@@ -41,7 +41,7 @@ def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]
                 named["attention_mask"] = mask
             else:
                 named.setdefault(extra, {})["attention_mask"] = mask
-        PREPARED_MASK.set(mask)
+        PREPARED_MASKS.set((logical, mask))
         inputs = prepare(*bound.args, **bound.kwargs)
         if slots is not None and positions == "compact" and inputs.get("position_ids") is not None:
             ids: Tensor = inputs["position_ids"]
@@ -67,6 +67,11 @@ def whole_prompts_only(prefill: Callable[..., Any], placeholders: frozenset[int]
         return prefill(input_ids, generation_config, *args, **kwargs)
 
     return call
+
+
+def never_compiled(*args: Any, **kwargs: Any) -> bool:
+    """Stands in for ``_valid_auto_compile_criteria`` where layers store different lengths, which no graph expects."""
+    return False
 
 
 def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:

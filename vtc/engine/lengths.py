@@ -8,6 +8,7 @@ reports the *logical* length to whoever asks (``generate``, default positions) a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,15 +80,16 @@ class SlotMap:
         self.dropped = self.dropped + dropped
         self.holes = self.holes or holes
 
-    def crop(self, count: int) -> bool:
-        """Forget the last ``count`` columns; ``False`` (and nothing changes) unless every row stored all of them."""
+    def ends_whole(self, count: int) -> bool:
+        """Whether every row stored all of the last ``count`` columns (a host sync)."""
         last = torch.arange(self.logical - count, self.logical, device=self.columns.device)
         tail = self.columns[:, self.physical - count :]
-        if count > self.physical or not ((tail == last) & self.valid[:, self.physical - count :]).all():
-            return False
+        return count <= self.physical and bool(((tail == last) & self.valid[:, self.physical - count :]).all())
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` columns, which every row stored."""
         self.columns, self.valid = self.columns[:, :-count], self.valid[:, :-count]
         self.logical -= count
-        return True
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or select rows, as the cache does to its keys."""
@@ -100,7 +102,7 @@ class _PrunedCache:
     """Mixed into the class of a cache that was pruned. Sizes for masks stay physical; the rest is logical."""
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return super().get_seq_length(layer_idx) + slot_map(self).removed  # type: ignore[misc, union-attr]
+        return super().get_seq_length(layer_idx) + slot_map(self, layer_idx).removed  # type: ignore[misc, union-attr]
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return super().get_seq_length(layer_idx)  # type: ignore[misc]
@@ -111,31 +113,41 @@ class _PrunedCache:
 
     def crop(self, tokens: int) -> None:
         """Negative: remove that many tokens from the end; positive (old transformers): the length to leave."""
-        slots = slot_map(self)
-        assert slots is not None
         length = physical_length(self)  # type: ignore[arg-type]
-        remove = -tokens if tokens <= 0 else length + slots.removed - tokens
-        inside = remove - (length - slots.physical)  # columns of the pruned prompt itself
-        if inside > 0 and not slots.crop(inside):
-            raise ValueError(
-                f"crop would remove {remove} tokens, {inside} of them from a prompt that lost visual tokens there; "
-                "rows lost different ones and cannot be cut together. Start a new cache."
-            )
-        super().crop(-remove if tokens <= 0 else length - remove)  # type: ignore[misc]
+        entry: SlotMap = slot_map(self)  # type: ignore[assignment]
+        remove = -tokens if tokens <= 0 else length + entry.removed - tokens
+        inside = remove - (length - entry.physical)  # columns of the pruned prompt itself
+        if inside > 0:
+            if not all(slots.ends_whole(inside) for slots in _maps(self).values()):
+                raise ValueError(
+                    f"crop would remove {remove} tokens, {inside} of them from a prompt that lost visual tokens there; "
+                    "rows lost different ones and cannot be cut together. Start a new cache."
+                )
+            for slots in _maps(self).values():
+                slots.crop(inside)
+        super().crop(-max(remove, 0))  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        slot_map(self).rows(beam_idx)  # type: ignore[union-attr]
+        _rows(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        slots = slot_map(self)
-        assert slots is not None
-        slots.rows(torch.arange(slots.columns.shape[0]).repeat_interleave(repeats))
+        batch = slot_map(self).columns.shape[0]  # type: ignore[union-attr]
+        _rows(self, torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        slot_map(self).rows(indices)  # type: ignore[union-attr]
+        _rows(self, indices)
+
+
+def _maps(cache: Any) -> dict[int, SlotMap]:
+    return getattr(cache, _STATE)
+
+
+def _rows(cache: Any, index: Tensor) -> None:
+    for slots in _maps(cache).values():
+        slots.rows(index)
 
 
 @functools.cache
@@ -143,13 +155,15 @@ def _pruned(cls: type) -> type:
     return type(f"VTC{cls.__name__}", (_PrunedCache, cls), {"__module__": __name__})
 
 
-def adopt(cache: Cache, batch: int, device: torch.device) -> SlotMap:
-    """The slot map of ``cache``, made on first use: swaps the cache's class for its pruned subclass."""
-    if (slots := slot_map(cache)) is None:
-        slots = SlotMap.empty(batch, device)
-        setattr(cache, _STATE, slots)
+def adopt(cache: Cache, batch: int, device: torch.device, layer: int = 0) -> SlotMap:
+    """The slot map that begins at ``layer``, made on first use: swaps the cache's class for its pruned subclass."""
+    if slot_map(cache) is None:
+        setattr(cache, _STATE, {0: SlotMap.empty(batch, device)})
         cache.__class__ = _pruned(type(cache))
-    return slots
+    maps = _maps(cache)
+    if layer not in maps:  # up to now this layer stored what the one before it did
+        maps[layer] = dataclasses.replace(slot_map(cache, layer))  # type: ignore[type-var]
+    return maps[layer]
 
 
 def release(cache: Cache) -> None:
@@ -159,15 +173,21 @@ def release(cache: Cache) -> None:
         cache.__class__ = type(cache).__mro__[2]
 
 
-def slot_map(cache: Any) -> SlotMap | None:
-    """The slot map of a cache that was pruned, else ``None``."""
-    return getattr(cache, _STATE, None)
+def slot_map(cache: Any, layer: int = 0) -> SlotMap | None:
+    """The slot map that holds for ``layer`` of a cache that was pruned, else ``None``."""
+    maps: dict[int, SlotMap] | None = getattr(cache, _STATE, None)
+    return None if maps is None else maps[max(first for first in maps if first <= layer)]
 
 
-def physical_length(cache: Cache | None) -> int:
-    """Tokens really stored (by the first attention layer)."""
+def stage_of(cache: Any, layer: int) -> int:
+    """The first layer that stores the same slots as ``layer`` in a cache that was pruned."""
+    return max(first for first in _maps(cache) if first <= layer)
+
+
+def physical_length(cache: Cache | None, layer: int = 0) -> int:
+    """Tokens that ``layer`` really stored (layer 0: the first attention layer)."""
     if cache is None:
         return 0
     if slot_map(cache) is not None:
-        return int(cache.get_query_offset())
-    return int(cache.get_seq_length())
+        return int(cache.get_query_offset(layer))
+    return int(cache.get_seq_length(layer))

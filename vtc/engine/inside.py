@@ -1,0 +1,163 @@
+"""What is in the sequence between two decoder layers of one prefill: which columns, and where the images are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.engine.compaction import Compaction
+from vtc.engine.plan import Plan
+from vtc.tokens import InsideTokens
+
+
+@dataclass
+class Inside:
+    """Grows shorter from stage to stage.
+
+    Attributes:
+        plan: the images, and what the entry stage kept of them.
+        index: LongTensor [B, M], columns of the call that the sequence now holds, in order.
+        valid: bool [B, M], False at padding and holes.
+        counts: valid columns of each row (host integers).
+        pad_right: padding stands at the end of rows.
+        width: columns of the call, before anything left.
+        relative: LongTensor [B, M], the same columns counted among those that entered the first layer.
+        alive: bool [G, N], tokens of each image that are still there.
+        alive_counts: how many (host integers).
+        given: how many entered the first layer.
+        stages_done: how many stages have been passed.
+        transition: float [G, N], summed so far.
+        rows: attention rows that a stage ahead will ask for, by layer.
+        masks: masks made for a stage, by (first layer, layer type).
+        history: after each stage: (layers run before, alive).
+        lengths: columns of each row that were real before anything left (host integers).
+        entered: columns that entered the first layer.
+        starts: by layer type, where this call's keys begin in the masks that the base model prepared.
+        head: bool [B, past], what is no padding among the keys stored before this call, ``None`` if all of it.
+        past: keys stored before this call, in the layers of the present stage.
+    """
+
+    plan: Plan
+    index: Tensor
+    valid: Tensor
+    counts: list[int]
+    pad_right: bool
+    width: int
+    relative: Tensor
+    alive: Tensor
+    alive_counts: tuple[int, ...]
+    given: tuple[int, ...]
+    stages_done: int = 0
+    transition: Tensor | None = None
+    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
+    history: list[tuple[int, Tensor]] = field(default_factory=list)
+    lengths: tuple[int, ...] = ()
+    entered: int = 0
+    starts: dict[str | None, int] = field(default_factory=dict)
+    head: Tensor | None = None
+    past: int = 0
+
+    @classmethod
+    def begin(cls, plan: Plan, compact: Compaction, pad_right: bool, starts: dict[str | None, int]) -> Inside:
+        """At the first layer, after the entry stage left ``compact``."""
+        relative = torch.arange(compact.length, device=compact.index.device).expand_as(compact.index)
+        return cls(
+            plan,
+            compact.index,
+            compact.valid,
+            list(compact.counts),
+            pad_right,
+            compact.width,
+            relative,
+            plan.keep,
+            plan.counts,
+            plan.counts,
+            lengths=tuple(n + d for n, d in zip(compact.counts, compact.dropped, strict=True)),
+            entered=compact.length,
+            starts=starts,
+        )
+
+    def padding(self) -> Tensor | None:
+        """The 2-D padding mask over stored keys and the present columns, ``None`` if nothing is padding."""
+        if self.head is None and min(self.counts) == self.index.shape[1]:
+            return None
+        head = self.head
+        if head is None:
+            head = self.valid.new_ones(len(self.valid), self.past)
+        return torch.cat([head.bool(), self.valid], dim=1)
+
+    def seen_by_row(self) -> list[int]:
+        """Visual tokens in each row."""
+        rows = [0] * len(self.counts)
+        for image, count in zip(self.plan.images, self.alive_counts, strict=True):
+            rows[image.row] += count
+        return rows
+
+    @property
+    def where(self) -> Tensor:
+        """LongTensor [G, N]: where each token sits in the flattened sequence [B * M]; anything past it is gone."""
+        batch, length = self.index.shape
+        gone = batch * length
+        slot = torch.arange(gone, device=self.index.device).view(batch, length)
+        column = torch.arange(batch, device=slot.device)[:, None] * self.width + self.index
+        # holes repeat some column that left: they must not claim its place
+        place = torch.full((batch * self.width + 2,), gone, dtype=torch.long, device=slot.device)
+        place = place.scatter(0, column.masked_fill(~self.valid, batch * self.width + 1).flatten(), slot.flatten())
+        place[-1] = gone
+        return place[self.plan.flat].masked_fill(~self.alive, gone)
+
+    def visual(self) -> Tensor:
+        """Bool [B, M]: the visual tokens."""
+        batch, length = self.index.shape
+        mask = torch.zeros(batch * length + 1, dtype=torch.bool, device=self.index.device)
+        return mask.scatter(0, self.where.flatten(), True)[:-1].view(batch, length)
+
+    def text_behind(self) -> tuple[Tensor, int]:
+        """Bool [B, M]: real text after the last visual token of each row that has one; and the longest such run."""
+        last = torch.full((len(self.index),), self.width, dtype=torch.long)
+        for image in self.plan.images:
+            row, end = image.row, int(image.columns[-1])
+            last[row] = end if last[row] == self.width else max(int(last[row]), end)
+        behind = self.valid & (self.index > last.to(self.index.device)[:, None])
+        return behind, int((self.width - 1 - last).clamp(min=0).max())
+
+    def per_token(self, scores: Tensor) -> Tensor:
+        """Scores of columns, float [B, M] → of the images' tokens [G, N], 0 where gone."""
+        flat = torch.cat([scores.flatten(), scores.new_zeros(1)])
+        return flat[self.where]
+
+    def per_image(self, scores: Tensor) -> Tensor:
+        """Scores of samples, float [B] → of images [G]."""
+        return scores[torch.tensor([image.row for image in self.plan.images], device=scores.device)]
+
+    def tokens(self, hidden: Tensor, signals: dict[str, Tensor]) -> InsideTokens:
+        """What a method sees."""
+        flat = torch.cat([hidden.detach().flatten(0, 1), hidden.new_zeros(1, hidden.shape[-1])])
+        return InsideTokens(
+            flat[self.where],
+            tuple(image.layout for image in self.plan.images),
+            tuple(image.row for image in self.plan.images),
+            self.alive,
+            self.alive_counts,
+            self.given,
+            signals,
+        )
+
+    def drop(self, keep: Tensor, kept: tuple[int, ...]) -> Compaction:
+        """Forget what the method did not keep; the columns that stay, counted among the present ones."""
+        batch, length = self.index.shape
+        gone = torch.zeros(batch * length + 1, dtype=torch.bool, device=self.index.device)
+        gone = gone.scatter(0, self.where.flatten(), ~keep.flatten())[:-1].view(batch, length)
+        dropped = [0] * batch
+        for image, before, after in zip(self.plan.images, self.alive_counts, kept, strict=True):
+            dropped[image.row] += before - after
+        counts = [n - d for n, d in zip(self.counts, dropped, strict=True)]
+        compact = Compaction.of(self.valid & ~gone, counts, dropped, self.pad_right)
+        self.index, self.relative = self.index.gather(1, compact.index), self.relative.gather(1, compact.index)
+        self.valid, self.counts = compact.valid, counts
+        self.alive, self.alive_counts = self.alive & keep, kept
+        return compact

@@ -1,0 +1,304 @@
+"""The layer stage: visual tokens leave between decoder layers, during prefill only.
+
+Every decoder layer gets the same masks and rotary embeddings from the loop around it. Past the first stage those no
+longer fit the shorter sequence, so a pre-hook on each layer below hands it shortened ones. The cache needs nothing:
+each layer stores what it sees, and a slot map per stage remembers which tokens that was. In a decode step the hooks
+have work only where rows kept different counts, or the cache has a fixed size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import masking_utils
+
+from vtc.engine import taps
+from vtc.engine.compaction import Compaction
+from vtc.engine.context import FRAME, Frame, is_bypassed
+from vtc.engine.inside import Inside
+from vtc.engine.lengths import adopt, physical_length, slot_map, stage_of
+from vtc.methods import Method
+from vtc.models import Parts
+
+
+class LayerStages:
+    """Hooks of a method's stages on one model's decoder layers. Holds no state of any generation."""
+
+    def __init__(self, parts: Parts, method: Method) -> None:
+        self.parts, self.method = parts, method
+        self.stages = method.stages(len(parts.layers))
+        """Where tokens leave, by rising layer."""
+        self.row_layers: dict[int, frozenset[str]] = {}
+        """Attention signals wanted, by the layer whose projections make them."""
+        for stage in self.stages:
+            if wanted := stage.signals & taps.ROW_SIGNALS:
+                layer = stage.after if stage.attention is None else stage.attention
+                self.row_layers[layer] = self.row_layers.get(layer, frozenset()) | wanted
+        self.transition_layers = frozenset(layer for stage in self.stages for layer in stage.transitions)
+
+    def hooks(self) -> list[Callable[[], None]]:
+        """Install the hooks; returns what removes them."""
+        undo: list[Callable[[], None]] = []
+        if not self.stages:
+            return undo
+        first = min([self.stages[0].after, *self.row_layers])
+        for index, layer in enumerate(self.parts.layers):
+            if index >= first:
+                hook = functools.partial(self.before_layer, index)
+                undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if index in self.transition_layers:
+                for module in (layer.self_attn, layer.mlp):
+                    undo.append(module.register_forward_hook(self.after_module, with_kwargs=True).remove)
+        return undo
+
+    # -- before the first layer -----------------------------------------------------------------------------------
+
+    def begin(self, frame: Frame, inside: Inside, cache: Any) -> None:
+        """A prompt with images enters the decoder; its cache gets a slot map for each stage."""
+        frame.inside = inside
+        batch, device = inside.index.shape[0], inside.index.device
+        if cache is not None:
+            for stage in self.stages:
+                adopt(cache, batch, device, stage.after)
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Prefill: drop if a stage is here, and hand over what fits the shorter sequence. Decode: maybe a mask."""
+        if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None:
+            return None
+        if frame.inside is None:
+            return self._later(index, frame, args, kwargs)
+        inside = frame.inside
+        call = _Call(args, kwargs)
+        stage = self.stages[inside.stages_done] if inside.stages_done < len(self.stages) else None
+        shortened = self._fitted(index, frame, call) if inside.stages_done else call
+        if index in self.row_layers:
+            inside.rows[index] = self._rows(index, layer, frame, shortened)
+        if stage is not None and stage.after == index:
+            compact = self._drop(index, frame, shortened)
+            call.hidden = compact.sequence(shortened.hidden)
+            shortened = self._fitted(index, frame, call)
+        elif shortened is call:
+            return None
+        return shortened.args, shortened.kwargs
+
+    def after_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Score what an attention or MLP module did to each token."""
+        if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None or frame.inside is None:
+            return
+        inside = frame.inside
+        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        after = output[0] if isinstance(output, tuple) else output
+        scores = self.method.transition(before.detach(), after.detach(), inside.valid, inside.visual())
+        scores = inside.per_token(scores.float())
+        inside.transition = scores if inside.transition is None else inside.transition + scores
+
+    def deepstack(self, process: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wrap ``_deepstack_process``: features added after early layers lose the tokens that left by then."""
+
+        @functools.wraps(process)
+        def call(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, **kwargs: Any) -> Tensor:
+            frame = FRAME.get()
+            inside = None if frame is None else frame.inside
+            if inside is not None and inside.stages_done:
+                present = torch.zeros_like(visual_pos_masks, dtype=torch.int8)
+                present = present.scatter_reduce(1, inside.relative, inside.valid.to(torch.int8), "amax").bool()
+                visual_embeds = visual_embeds[present[visual_pos_masks]]
+                visual_pos_masks = visual_pos_masks.gather(1, inside.relative) & inside.valid
+            return process(hidden, visual_pos_masks, visual_embeds, **kwargs)
+
+        return call
+
+    # -- a stage --------------------------------------------------------------------------------------------------
+
+    def _drop(self, index: int, frame: Frame, call: _Call) -> Compaction:
+        inside = frame.inside
+        assert inside is not None
+        stage = self.stages[inside.stages_done]
+        signals: dict[str, Tensor] = {}
+        for name in stage.signals:
+            if name == "transition":
+                assert inside.transition is not None
+                signals[name] = inside.transition.masked_fill(~inside.alive, 0.0)
+            else:
+                source = index if stage.attention is None else stage.attention
+                signals[name] = inside.rows[source][name]
+        keep, counts = self.method.keep_inside(inside.stages_done, inside.tokens(call.hidden, signals))
+        cache = call.kwargs.get("past_key_values")
+        past = physical_length(cache, index)
+        slots = slot_map(cache, index)
+        inside.past = past
+        inside.head = None if slots is None else slots.physical_mask(_before(frame, slots, past), past)
+        compact = inside.drop(keep, counts)
+        inside.stages_done += 1
+        inside.masks.clear()
+        inside.history.append((index, inside.alive))
+        if slots is not None:
+            dropped = torch.tensor([n - c for n, c in zip(inside.lengths, inside.counts, strict=True)])
+            holes = compact.holes
+            slots.extend(past, inside.index, inside.valid, inside.width, dropped.to(slots.dropped.device), holes)
+        return compact
+
+    def _fitted(self, index: int, frame: Frame, call: _Call) -> _Call:
+        """The call with rotary embeddings, mask and aligned tensors of the shorter sequence."""
+        inside = frame.inside
+        assert inside is not None
+        relative = inside.relative
+
+        def gather(tensor: Tensor) -> Tensor:
+            tensor = tensor.expand(relative.shape[0], *tensor.shape[1:])
+            at = relative.to(tensor.device).reshape(*relative.shape, *[1] * (tensor.dim() - 2))
+            return tensor.gather(1, at.expand(-1, -1, *tensor.shape[2:]))
+
+        def aligned(value: Any) -> bool:
+            return isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (len(relative), inside.entered)
+
+        kwargs = {name: gather(value) if aligned(value) else value for name, value in call.kwargs.items()}
+        rotary = call.kwargs["position_embeddings"]
+        key = (index if rotary is None else id(rotary), "rotary")
+        if key not in inside.masks:
+            inside.masks[key] = tuple(gather(part) for part in rotary)
+        kwargs["position_embeddings"] = inside.masks[key]
+        kwargs["position_ids"] = None
+        kwargs["attention_mask"] = self._mask(index, frame, call)
+        others = tuple(gather(value) if aligned(value) else value for value in call.others)
+        return _Call((call.hidden, *others), kwargs)
+
+    def _mask(self, index: int, frame: Frame, call: _Call) -> Any:
+        inside = frame.inside
+        assert inside is not None
+        given, cache = call.kwargs.get("attention_mask"), call.kwargs.get("past_key_values")
+        kind = layer_type(self.parts.decoder.config, index)
+        key = (self.stages[inside.stages_done - 1].after, kind)
+        if key not in inside.masks:
+            if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
+                inside.masks[key] = self._prepared(index, given, inside, cache)
+            else:
+                padding = inside.padding()
+                inside.masks[key] = causal_mask(self.parts, index, call.hidden, padding, cache)
+        return inside.masks[key]
+
+    def _prepared(self, index: int, given: Tensor, inside: Inside, cache: Any) -> Tensor:
+        """Prefix-LM: image tokens attend both ways, which only the mask of the first layers tells."""
+        kept = inside.relative.shape[1]
+        keep = torch.zeros(len(inside.relative), inside.entered, dtype=torch.bool, device=given.device)
+        compact = Compaction(keep, inside.relative, inside.valid, tuple(inside.counts), ())
+        length, offset = (kept, 0) if cache is None else cache.get_mask_sizes(kept, index)
+        start = inside.starts.get(layer_type(self.parts.decoder.config, index), 0)
+        past = physical_length(cache, index) - offset
+        new = compact.attention(given[..., start : start + inside.entered], 0, length - past)
+        if not past:
+            return new
+        head = inside.valid.new_ones(len(keep), past) if inside.head is None else inside.head[:, -past:].bool()
+        blocked = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
+        prefix = (
+            new.new_zeros(*new.shape[:3], past) if given.dtype != torch.bool else new.new_ones(*new.shape[:3], past)
+        )
+        return torch.cat([prefix.masked_fill(~head[:, None, None].to(new.device), blocked), new], dim=3)
+
+    # -- signals --------------------------------------------------------------------------------------------------
+
+    def _rows(self, index: int, layer: nn.Module, frame: Frame, call: _Call) -> dict[str, Tensor]:
+        inside = frame.inside
+        assert inside is not None
+        wanted = self.row_layers[index]
+        cache, given = call.kwargs.get("past_key_values"), call.kwargs.get("attention_mask")
+        past = physical_length(cache, index)
+        slots = slot_map(cache, index)
+        head = None if slots is None else slots.physical_mask(_before(frame, slots, past), past)
+        prepared = given if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4 else None
+        attend = functools.partial(
+            taps.attention_rows,
+            layer,
+            call.hidden.detach(),
+            call.kwargs["position_embeddings"],
+            keys=taps.stored_keys(cache, index, past),
+            valid=inside.valid if head is None else torch.cat([head.bool(), inside.valid], 1),
+            prepared=prepared,
+            window=window_of(self.parts.decoder.config, index),
+        )
+        visual = inside.visual()
+        text, longest = inside.text_behind()
+        signals: dict[str, Tensor] = {}
+        if wanted - {"visual_to_text"}:
+            weights, rows = attend(text, longest)  # [B, T, M]
+            mean = (weights * rows[..., None]).sum(1) / rows.sum(1, keepdim=True).clamp(min=1)
+            signals["instruction"] = inside.per_token(mean)
+            signals["last"] = inside.per_token(weights[:, -1])
+            signals["text_to_visual"] = inside.per_image((mean * visual).sum(1))
+        if "visual_to_text" in wanted:
+            if prepared is None:  # causal, and the text is behind: nothing to see
+                signals["visual_to_text"] = inside.per_image(torch.zeros(len(text), device=text.device))
+            else:
+                weights, rows = attend(visual, max(inside.seen_by_row()))
+                share = (weights * text[:, None]).sum(2)
+                signals["visual_to_text"] = inside.per_image((share * rows).sum(1) / rows.sum(1).clamp(min=1))
+        return {name: signals[name] for name in wanted}
+
+    # -- after the prefill ----------------------------------------------------------------------------------------
+
+    def _later(self, index: int, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A decode step or a later turn without images: layers past a stage store other slots than the first."""
+        cache = kwargs.get("past_key_values")
+        if (slots := slot_map(cache, index)) is None or slots is slot_map(cache):
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        length = physical_length(cache, index) + hidden.shape[1]
+        padding = slots.physical_mask(frame.logical, length)
+        if padding is None and kwargs.get("attention_mask") is None:
+            return None
+        key = (stage_of(cache, index), layer_type(self.parts.decoder.config, index))
+        if key not in frame.later_masks:
+            frame.later_masks[key] = causal_mask(self.parts, index, hidden, padding, cache)
+        return args, kwargs | {"attention_mask": frame.later_masks[key]}
+
+
+class _Call:
+    """A decoder layer's arguments; hidden states stay positional, since capture hooks read them there."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.kwargs = dict(kwargs)
+        self.hidden: Tensor = args[0] if args else self.kwargs.pop("hidden_states")
+        self.others = args[1:]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return (self.hidden, *self.others)
+
+
+def _before(frame: Frame, slots: Any, past: int) -> Tensor | None:
+    """The 2-D padding mask over the logical columns that were stored before this call."""
+    return None if frame.logical is None else frame.logical[:, : past + slots.removed]
+
+
+def layer_type(config: Any, index: int) -> str | None:
+    """The kind of attention of one layer, where the config tells."""
+    types = getattr(config, "layer_types", None)
+    return None if types is None else types[index]
+
+
+def window_of(config: Any, index: int) -> int | None:
+    """How far a layer looks back, ``None`` if all the way."""
+    window = getattr(config, "sliding_window", None)
+    kind = layer_type(config, index)
+    return window if kind is None or "sliding" in kind else None
+
+
+def causal_mask(parts: Parts, index: int, hidden: Tensor, padding: Tensor | None, cache: Any) -> Any:
+    """What transformers would build for this layer if its cache were all there is."""
+    config = parts.decoder.config
+    sliding = window_of(config, index) is not None
+    build = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
+    return build(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=padding,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=index,
+    )
