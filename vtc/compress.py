@@ -21,11 +21,11 @@ from vtc.config import CompressionConfig
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Frame, bypassed
 from vtc.engine.encode import attached
-from vtc.engine.plan import Plan, compaction, plan
+from vtc.engine.plan import Plan, Prefill, compaction, plan
 from vtc.methods import Method
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import MODALITIES
-from vtc.patching import patch, patch_of, requested
+from vtc.patching import fitted, patch, patch_of, requested
 
 
 @torch.no_grad()
@@ -63,6 +63,7 @@ def compress_inputs(
     _takes_features(parts)
     inputs = dict(inputs)
     with patch(model, method, keep=keep, positions=positions, **options) as handle:
+        _before_the_model(parts, handle.method)
         outputs, used = _encode(parts, inputs)
     for name in used:
         inputs.pop(name, None)
@@ -100,13 +101,15 @@ def generate(
             if handle is None
             else f"the model is patched with {handle.method}; leave the method out, or vtc.unpatch(model) first"
         )
+    adapter, parts = resolve(model)
     if handle is None:
         config, chosen = requested(method, keep, positions, {})  # type: ignore[arg-type]
         place = config.positions
+        chosen = fitted(adapter, parts, chosen, place)
     else:
         chosen, place = handle.method, handle.config.positions
-    adapter, parts = resolve(model)
     _takes_features(parts)
+    _before_the_model(parts, chosen)
     mode = str(generation_config.get_generation_mode().value)
     if mode not in _DECODERS:
         raise NotImplementedError(f"vtc.generate decodes greedily, by sampling or with beams, not by {mode}")
@@ -118,7 +121,7 @@ def generate(
         model_kwargs |= short.inputs
         ids = model_kwargs.pop("input_ids")
         if handle is not None:
-            handle.stage.last = (short.plan, short.compaction, ids.shape[0])
+            handle.stage.last = short.prefill
     gone = input_ids.shape[1] - ids.shape[1]
     with bypassed():
         result = getattr(parts.root, _DECODERS[mode])(
@@ -169,6 +172,14 @@ def _takes_features(parts: Parts) -> None:
         )
 
 
+def _before_the_model(parts: Parts, method: Method) -> None:
+    if method.stages(len(parts.layers)):
+        raise NotImplementedError(
+            f"{method.name} drops tokens inside the language model, which a shortened prompt cannot express; use "
+            "vtc.patch(model, ...) and model.generate()"
+        )
+
+
 def _encode(parts: Parts, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the encoders as ``generate`` does; also return the arguments they used up."""
     outputs, used = {}, {}
@@ -185,8 +196,7 @@ def _encode(parts: Parts, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], di
 @dataclasses.dataclass(frozen=True)
 class _Short:
     inputs: dict[str, Any]
-    plan: Plan
-    compaction: Compaction
+    prefill: Prefill
 
 
 def _shorten(
@@ -232,7 +242,8 @@ def _shorten(
         if positions == "compact":
             short["position_ids"] = compact.renumber(short["position_ids"], compact.first_position(old, mask))
     short["mm_encoder_outputs"] = {m: _kept(outputs[m], m, frame, compact, decision) for m in frame.placeholders}
-    return _Short(short, decision, compact)
+    lengths = tuple(frame.lengths or [width] * len(ids))
+    return _Short(short, Prefill(decision, compact, lengths, []))
 
 
 def _placed(frame: Frame, outputs: Mapping[str, Any], ids: Tensor) -> Tensor:

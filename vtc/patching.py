@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -14,11 +15,13 @@ from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
-from vtc.engine.generation import never_compiled, no_continuous_batching, preparing, pruning_labels, whole_prompts_only
+from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
+from vtc.engine.layers import unfit_for
 from vtc.engine.taps import tap_cls
 from vtc.methods import Method, make_method
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import MODALITIES
+from vtc.report import Report
 
 _HANDLE = "_vtc_patch"
 
@@ -35,6 +38,7 @@ class Patch:
         self.model, self.config = model, config
         self.stage = stage
         self._undo: list[Callable[[], None]] = []
+        self._warned = False
 
     @property
     def method(self) -> Method:
@@ -46,12 +50,51 @@ class Patch:
         """What stayed in the last prefill: a list over samples of lists over images of LongTensor [k] (on the host).
 
         Each holds the kept indices among that image's visual tokens (newlines counted), ascending. Beams count as
-        samples of their own. ``None`` before the first prompt with an image. Reading it waits for the device.
+        samples of their own. For a method with stages inside the language model these are the survivors of the last
+        one, but for a stage that removes everything visual (ToDRE's second), which only :attr:`last_stages` shows.
+        ``None`` before the first prompt with an image. Reading it waits for the device.
         """
         if self.stage.last is None:
             return None
-        decision, _, batch = self.stage.last
-        return decision.kept(batch)
+        entry, *inside = self.stage.last.kept()
+        stages = zip(inside, self.stage.layers.stages, strict=False)
+        return next((kept for (_, kept), stage in reversed([*stages]) if not stage.removes_all), entry[1])
+
+    @property
+    def last_stages(self) -> list[tuple[int, list[list[Tensor]]]]:
+        """What was still there along the last prefill: (layers run before, kept indices as in :attr:`last_keep`).
+
+        The first entry is what entered the language model, (0, ...); one more for each stage inside it.
+        """
+        return [] if self.stage.last is None else self.stage.last.kept()
+
+    def later_turn(self) -> None:
+        """Warn, once, that what the first question dropped is missing for the next one."""
+        if not self.method.query_aware or self._warned or self.stage.last is None:
+            return
+        self._warned = True
+        given = sum(image.layout.length for image in self.stage.last.plan.images)
+        left = sum(len(kept) for images in self.last_keep or [] for kept in images)
+        warnings.warn(
+            f"{self.method.name} chose by the earlier question: {given - left} of {given} visual tokens are gone from "
+            "this cache, and the new question may be about them. Start a new cache, or use a method that is blind to "
+            "the question.",
+            stacklevel=4,
+        )
+
+    def report(self) -> Report:
+        """Tokens per layer, their average, and the language model's FLOPs for the last prompt with images.
+
+        Raises:
+            ValueError: there was none yet.
+        """
+        if (last := self.stage.last) is None:
+            raise ValueError("nothing to report: run a prompt with an image through the patched model first")
+        given = [0] * len(last.lengths)
+        for image in last.plan.images:
+            given[image.row] += image.layout.length
+        stages = [(after, [sum(map(len, images)) for images in kept]) for after, kept in last.kept()]
+        return Report.of(self.stage.parts.decoder.config, last.lengths, given, stages)
 
     @property
     def last_columns(self) -> list[Tensor] | None:
@@ -59,7 +102,7 @@ class Patch:
 
         Logits and labels of a plain forward pass line up with these columns, not with the prompt's.
         """
-        if self.stage.last is None or (compact := self.stage.last[1]) is None:
+        if self.stage.last is None or (compact := self.stage.last.compaction) is None:
             return None
         return [row.nonzero()[:, 0] for row in compact.keep.cpu()]
 
@@ -126,7 +169,7 @@ def patch(
     """
     config, chosen = requested(method, keep, positions, options)
     adapter, parts = resolve(model)
-    _check(adapter, parts, chosen, config)
+    chosen = fitted(adapter, parts, chosen, config.positions)
     handle = Patch(parts.root, config, EntryStage(adapter, parts, chosen, config.positions))
     try:
         _install(handle)
@@ -174,21 +217,30 @@ def requested(
     return CompressionConfig.of(method, "original" if positions is None else positions), method
 
 
-def _check(adapter: Adapter, parts: Parts, method: Method, config: CompressionConfig) -> None:
-    """Everything that can be refused is refused here, before anything is touched."""
+def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Method:
+    """The method, settled for this model; all that can be refused is refused here, before anything is touched."""
     name = type(parts.root).__name__
     if (handle := patch_of(parts.root)) is not None:
         raise ValueError(f"this {name} is patched already, with {handle.method}; vtc.unpatch(model) first")
-    if missing := method.needs - adapter.offers(parts):
+    facts = adapter.facts(parts)
+    method = method.settle(facts)
+    method.check(facts)
+    if missing := method.needs - facts.signals:
         raise ValueError(
             f"method {method.name!r} needs {', '.join(map(repr, sorted(missing)))}, which this {name} cannot give "
             f"(its vision tower is {type(getattr(parts.base, 'vision_tower', None)).__name__}). "
             f"What would work: {method.remedy}"
         )
-    if config.positions == "compact" and parts.rotates_in_3d:
+    stages = method.stages(facts.depth)
+    if positions == "compact" and parts.rotates_in_3d:
         raise ValueError(
             f"positions='compact' has no meaning for the (time, height, width) positions of this {name}; "
             "use positions='original'"
+        )
+    if positions == "compact" and stages:
+        raise ValueError(
+            f"positions='compact' would give every layer of {method.name!r} positions of its own, and keys are rotated "
+            "by then; use positions='original'"
         )
     implementation = getattr(parts.decoder.config, "_attn_implementation", None)
     if parts.builds_masks_early and implementation == "flex_attention":
@@ -196,6 +248,12 @@ def _check(adapter: Adapter, parts: Parts, method: Method, config: CompressionCo
             f"this {name} builds its masks before the language model, and a flex_attention block mask cannot lose "
             "columns; load it with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
         )
+    if stages and (reason := unfit_for(parts, stages)) is not None:
+        raise UnsupportedModelError(
+            f"{method.name!r} drops tokens between the layers of the language model, and {reason}. Methods that drop "
+            "them before it work, e.g. 'divprune'"
+        )
+    return method
 
 
 def _install(handle: Patch) -> None:
@@ -220,7 +278,8 @@ def _install(handle: Patch) -> None:
         towers = {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}
         undo.extend(tower.register_forward_pre_hook(tap_cls, with_kwargs=True).remove for tower in towers)
     _wrap(undo, parts.root, "prepare_inputs_for_generation", lambda f: preparing(f, handle.config.positions))
-    _wrap(undo, parts.root, "_prefill", lambda f: whole_prompts_only(f, frozenset(parts.placeholders.values())))
+    placeholders = frozenset(parts.placeholders.values())
+    _wrap(undo, parts.root, "_prefill", lambda f: prefilling(f, placeholders, handle.later_turn))
     _wrap(undo, parts.root, "generate_batch", lambda f: no_continuous_batching)
     if stage.layers.stages:
         _wrap(undo, parts.decoder, "_deepstack_process", stage.layers.deepstack)

@@ -23,7 +23,7 @@ from vtc.engine.encode import attached
 from vtc.engine.inside import Inside
 from vtc.engine.layers import LayerStages
 from vtc.engine.lengths import SlotMap, adopt, physical_length, slot_map
-from vtc.engine.plan import Plan, compaction, plan
+from vtc.engine.plan import Plan, Prefill, compaction, plan
 from vtc.methods import Method
 from vtc.models import Adapter, Parts
 
@@ -35,9 +35,8 @@ class EntryStage:
 
     def __init__(self, adapter: Adapter, parts: Parts, method: Method, positions: str) -> None:
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
-        self.last: tuple[Plan, Compaction | None, int] | None = None
+        self.last: Prefill | None = None
         self.layers = LayerStages(parts, method)
-        self.last_inside: Inside | None = None
         self.hides_gaps = parts.flash
         """Whether :meth:`before_layer` is installed: flash attention needs it, decode steps of others do not pay it."""
         self._base_signature = inspect.signature(parts.base.forward)
@@ -104,13 +103,12 @@ class EntryStage:
                     stacklevel=2,
                 )
             return (), call
-        self.last = (decision, None, embeds.shape[0])
+        lengths = tuple(frame.lengths or [embeds.shape[1]] * embeds.shape[0])
         if decision.drops or self.layers.stages:
             frame.compaction = compaction(decision, frame, embeds.shape[:2])
-            self.last = (decision, frame.compaction, embeds.shape[0])
             self._compact(call, frame, decision, frame.compaction)
-            if self.layers.stages:
-                self.last_inside = frame.inside
+        history = [] if frame.inside is None else frame.inside.history
+        self.last = Prefill(decision, frame.compaction, lengths, history)
         return (), call
 
     def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

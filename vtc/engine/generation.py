@@ -52,11 +52,15 @@ def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]
     return call
 
 
-def whole_prompts_only(prefill: Callable[..., Any], placeholders: frozenset[int]) -> Callable[..., Any]:
-    """Wrap ``_prefill``: a chunk would hold part of an image, and selection would see only that part."""
+def prefilling(
+    prefill: Callable[..., Any], placeholders: frozenset[int], later_turn: Callable[[], None]
+) -> Callable[..., Any]:
+    """Wrap ``_prefill``: refuse chunks, which hold parts of images; notice a later turn on a pruned cache."""
 
     @functools.wraps(prefill)
-    def call(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(input_ids: Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        if slot_map(model_kwargs.get("past_key_values")) is not None and not is_bypassed():
+            later_turn()
         size = getattr(generation_config, "prefill_chunk_size", None)
         if size is not None and not is_bypassed() and any((input_ids == token).any() for token in placeholders):
             raise NotImplementedError(
@@ -64,7 +68,7 @@ def whole_prompts_only(prefill: Callable[..., Any], placeholders: frozenset[int]
                 "instead: model.generate(..., custom_generate=vtc.generate) (transformers with mm_encoder_outputs), "
                 "or leave prefill_chunk_size out."
             )
-        return prefill(input_ids, generation_config, *args, **kwargs)
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     return call
 

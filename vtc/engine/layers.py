@@ -9,7 +9,7 @@ have work only where rows kept different counts, or the cache has a fixed size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from vtc.engine.context import FRAME, Frame, is_bypassed
 from vtc.engine.inside import Inside
 from vtc.engine.lengths import adopt, physical_length, slot_map, stage_of
 from vtc.methods import Method
+from vtc.methods.base import Stage
 from vtc.models import Parts
 
 
@@ -302,3 +303,26 @@ def causal_mask(parts: Parts, index: int, hidden: Tensor, padding: Tensor | None
         position_ids=None,
         layer_idx=index,
     )
+
+
+def unfit_for(parts: Parts, stages: Sequence[Stage]) -> str | None:
+    """Why tokens cannot leave this language model at these stages, ``None`` if they can."""
+    config = parts.decoder.config
+    kinds = getattr(config, "layer_types", None) or []
+    if odd := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind or "chunked" in kind}):
+        return f"this one has {', '.join(odd)} layers, whose state has no single tokens to leave out"
+    wanted = any(stage.signals & taps.ROW_SIGNALS for stage in stages)
+    attention = getattr(parts.layers[0], "self_attn", None)
+    if wanted and not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj")):
+        return f"its attention ({type(attention).__name__}) has no q_proj and k_proj to recompute rows from"
+    if any(stage.transitions for stage in stages) and not hasattr(parts.layers[0], "mlp"):
+        return "its layers have no mlp to watch"
+    if shared := getattr(config, "num_kv_shared_layers", 0) or 0:
+        own = kinds[: len(parts.layers) - shared]
+        last = min(len(own) - 1 - own[::-1].index(kind) for kind in set(own))
+        if late := [stage.after for stage in stages if stage.after > last]:
+            return (
+                f"its last {shared} layers reuse keys of layer {last}, which would still hold what leaves after layer "
+                f"{late[0]}; stages up to {last} work"
+            )
+    return None

@@ -35,12 +35,34 @@ class Plan:
         """Whether anything goes."""
         return any(k < image.layout.length for k, image in zip(self.counts, self.images, strict=True))
 
-    def kept(self, batch: int) -> list[list[Tensor]]:
-        """Kept indices among each image's tokens, by sample and image."""
+    def kept(self, batch: int, keep: Tensor | None = None) -> list[list[Tensor]]:
+        """Kept indices among each image's tokens, by sample and image; or those of another bool [G, N]."""
         samples: list[list[Tensor]] = [[] for _ in range(batch)]
-        for image, row in zip(self.images, self.keep.cpu(), strict=True):
+        for image, row in zip(self.images, (self.keep if keep is None else keep).cpu(), strict=True):
             samples[image.row].append(row.nonzero()[:, 0])
         return samples
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What the last prompt with images came to, to look at afterwards.
+
+    Attributes:
+        plan: the entry stage's decision.
+        compaction: the columns it left, ``None`` if nothing was dropped.
+        lengths: real columns of each sample's prompt, before anything was dropped (host integers).
+        history: (layers run before, bool [G, N] of the tokens still there) after each stage inside the model.
+    """
+
+    plan: Plan
+    compaction: Compaction | None
+    lengths: tuple[int, ...]
+    history: list[tuple[int, Tensor]]
+
+    def kept(self) -> list[tuple[int, list[list[Tensor]]]]:
+        """(layers run before, kept indices by sample and image): at entry, and after each stage."""
+        batch = len(self.lengths)
+        return [(0, self.plan.kept(batch)), *((after, self.plan.kept(batch, alive)) for after, alive in self.history)]
 
 
 def plan(method: Method, frame: Frame, embeds: Tensor) -> Plan | None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vtc.methods.base import ModelFacts
 from vtc.tokens import Layout
 
 MODALITIES = ("image", "video")
@@ -112,6 +113,19 @@ class Adapter:
     def offers(self, parts: Parts) -> frozenset[str]:
         """Signals that this very model can give, e.g. ``cls`` only where the vision tower has a CLS token."""
         return frozenset(name for name in self.signals if name != "cls" or self.cls_attention(parts.base, "image"))
+
+    def facts(self, parts: Parts) -> ModelFacts:
+        """What a method may know of the model when it decides whether it can work."""
+        return ModelFacts(
+            model_type=parts.config.model_type,
+            width=parts.decoder.config.hidden_size,
+            depth=len(parts.layers),
+            signals=self.offers(parts),
+            has_thumbnail=self.has_thumbnail,
+        )
+
+    has_thumbnail: ClassVar[bool] = False
+    """Large images are a thumbnail and crops whose places in the image are known."""
 
     def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
         """The vision tower's self-attention module whose CLS row scores the patches, or ``None``."""
