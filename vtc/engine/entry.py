@@ -105,6 +105,7 @@ class EntryStage:
             frame.compaction = compaction(decision, frame, embeds.shape[:2])
             self.last = (decision, frame.compaction, embeds.shape[0])
             self._compact(call, frame, frame.compaction)
+        frame.placeholders = {}  # used up: whoever calls the decoder alone next has a prompt of their own
         return (), call
 
     def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,7 +159,7 @@ class EntryStage:
             call["position_ids"] = compact.renumber(call["position_ids"], start)
         if cache is not None:
             slots = adopt(cache, batch, embeds.device)
-            dropped = torch.tensor(compact.dropped, device=embeds.device)
+            dropped = torch.tensor(compact.dropped).to(embeds.device, non_blocking=True)
             slots.extend(past, compact.index, compact.valid, width, dropped, compact.holes)
 
     def _cache(self, call: dict[str, Any]) -> Any:
