@@ -22,6 +22,7 @@ from vtc.methods import Method, make_method
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import MODALITIES
 from vtc.report import Report
+from vtc.tokens import Layout
 
 _HANDLE = "_vtc_patch"
 
@@ -95,6 +96,16 @@ class Patch:
             given[image.row] += image.layout.length
         stages = [(after, [sum(map(len, images)) for images in kept]) for after, kept in last.kept()]
         return Report.of(self.stage.parts.decoder.config, last.lengths, given, stages)
+
+    @property
+    def last_layouts(self) -> list[list[Layout]] | None:
+        """The structure of the tokens that the indices in :attr:`last_keep` count: grids, crops, frames, newlines."""
+        if self.stage.last is None:
+            return None
+        samples: list[list[Layout]] = [[] for _ in self.stage.last.lengths]
+        for image in self.stage.last.plan.images:
+            samples[image.row].append(image.layout)
+        return samples
 
     @property
     def last_columns(self) -> list[Tensor] | None:
@@ -195,7 +206,7 @@ def patch_of(model: nn.Module) -> Patch | None:
     """The handle of a patched model, else ``None``."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    return model.__dict__.get(_HANDLE)
+    return getattr(model, "__dict__", {}).get(_HANDLE)
 
 
 def requested(
@@ -205,6 +216,8 @@ def requested(
     if isinstance(method, str):
         given = options if keep is None else {"keep": keep, **options}
         method = make_method(method, **given)
+    elif not isinstance(method, (Method, CompressionConfig)):
+        raise TypeError(f"method={method!r} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
     elif keep is not None or options:
         raise TypeError(
             f"keep and options go with a method's name; {type(method).__name__} carries its own "
@@ -212,15 +225,13 @@ def requested(
         )
     if isinstance(method, CompressionConfig):
         method, positions = method.build(), method.positions if positions is None else positions
-    if not isinstance(method, Method):
-        raise TypeError(f"method={method!r} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
     return CompressionConfig.of(method, "original" if positions is None else positions), method
 
 
 def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Method:
     """The method, settled for this model; all that can be refused is refused here, before anything is touched."""
     name = type(parts.root).__name__
-    if (handle := patch_of(parts.root)) is not None:
+    if (handle := patch_of(parts.root) or patch_of(parts.base)) is not None:
         raise ValueError(f"this {name} is patched already, with {handle.method}; vtc.unpatch(model) first")
     facts = adapter.facts(parts)
     method = method.settle(facts)
@@ -228,7 +239,7 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
     if missing := method.needs - facts.signals:
         raise ValueError(
             f"method {method.name!r} needs {', '.join(map(repr, sorted(missing)))}, which this {name} cannot give "
-            f"(its vision tower is {type(getattr(parts.base, 'vision_tower', None)).__name__}). "
+            f"(its vision tower is {parts.vision_tower}). "
             f"What would work: {method.remedy}"
         )
     stages = method.stages(facts.depth)
@@ -260,7 +271,8 @@ def _install(handle: Patch) -> None:
     stage, undo = handle.stage, handle._undo
     adapter, parts = stage.adapter, stage.parts
     _forget_compiled(parts.root)
-    _set(undo, parts.root, _HANDLE, handle)
+    for module in {parts.root, parts.base}:  # the base model too, so that it cannot be patched once more by itself
+        _set(undo, module, _HANDLE, handle)
     # prepended: user hooks then see the pruned call, as they would see a shorter prompt
     pre = functools.partial(nn.Module.register_forward_pre_hook, prepend=True, with_kwargs=True)
     undo.append(pre(parts.base, stage.before_base).remove)

@@ -39,7 +39,7 @@ class Compaction:
         else:
             index = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - longest :]
         slot = torch.arange(longest, device=keep.device)
-        kept = torch.tensor(counts, device=keep.device)[:, None]
+        kept = torch.tensor(counts).to(keep.device, non_blocking=True)[:, None]
         valid = slot < kept if pad_right else slot >= longest - kept
         return cls(keep, index, valid, tuple(counts), tuple(dropped))
 

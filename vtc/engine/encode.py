@@ -66,7 +66,7 @@ def feature_lengths(output: Any) -> list[int] | None:
     if isinstance(features, Tensor):
         return [features.shape[1]] * features.shape[0] if features.dim() == 3 else None
     if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
-        return [f.shape[0] for f in features]
+        return [f.shape[:-1].numel() for f in features]  # [n, d], or [frames, n, d] for a video in older releases
     return None
 
 

@@ -109,6 +109,7 @@ class EntryStage:
             self._compact(call, frame, decision, frame.compaction)
         history = [] if frame.inside is None else frame.inside.history
         self.last = Prefill(decision, frame.compaction, lengths, history)
+        frame.placeholders = {}  # used up: whoever calls the decoder alone next has a prompt of their own
         return (), call
 
     def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -165,7 +166,7 @@ class EntryStage:
             call["position_ids"] = compact.renumber(call["position_ids"], start)
         if cache is not None:
             slots = adopt(cache, batch, embeds.device)
-            dropped = torch.tensor(compact.dropped, device=embeds.device)
+            dropped = torch.tensor(compact.dropped).to(embeds.device, non_blocking=True)
             slots.extend(past, compact.index, compact.valid, width, dropped, compact.holes)
 
     def _starts(self, cache: Any, past: int, new: int) -> dict[str | None, int]:

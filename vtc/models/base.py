@@ -51,6 +51,13 @@ class Parts:
         return self.decoder.layers
 
     @property
+    def vision_tower(self) -> str:
+        """The class that encodes images, for messages."""
+        names = ("vision_tower", "image_tower", "visual", "vision_model")
+        towers = (getattr(self.base, name, None) for name in names)
+        return next((type(tower).__name__ for tower in towers if tower is not None), "unknown")
+
+    @property
     def rotates_in_3d(self) -> bool:
         """Multimodal RoPE: positions are (time, height, width) triples."""
         return "mrope_section" in str(getattr(self.decoder.config, "rope_parameters", None))
@@ -144,6 +151,7 @@ REFUSED: dict[str, str] = {
     "mllama": "its visual tokens enter through cross-attention and are not in the decoder's sequence",
     "idefics": "its visual tokens enter through cross-attention and are not in the decoder's sequence",
     "t5gemma2": "it is an encoder-decoder: visual tokens are not in the decoder's sequence",
+    "fuyu": "its image patches go straight into the language model, without an encoder to listen to",
     "florence2": "it is an encoder-decoder: visual tokens are not in the decoder's sequence",
     "blip-2": "a Q-former compresses its image already, and its language model need not be a decoder",
     "instructblip": "a Q-former compresses its image already, and its language model need not be a decoder",
@@ -162,7 +170,7 @@ def register_model(adapter: type[Adapter]) -> type[Adapter]:
     for model_type in adapter.families:
         if model_type in _REGISTRY and type(_REGISTRY[model_type]).__qualname__ != adapter.__qualname__:
             raise ValueError(f"{model_type!r} is registered already, by {type(_REGISTRY[model_type]).__name__}")
-        _REGISTRY[model_type] = adapter()
+    _REGISTRY.update(dict.fromkeys(adapter.families, adapter()))
     return adapter
 
 
@@ -184,15 +192,16 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
         model = model.get_base_model()
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    reason = REFUSED.get(model_type) or next(_violations(model), None)
+    adapter = _REGISTRY.get(model_type) or Adapter()
+    known = None if model_type in _REGISTRY else REFUSED.get(model_type)  # a user's own adapter may know better
+    reason = known or next(_violations(model, adapter), None)
     if reason is not None:
         raise UnsupportedModelError(_refusal(model, model_type, reason))
     base = model.base_model
-    adapter = _REGISTRY.get(model_type) or Adapter()
     return adapter, Parts(model, base, model.get_decoder(), adapter.placeholders(base.config))
 
 
-def _violations(model: nn.Module) -> Iterator[str]:
+def _violations(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     """What keeps a model from the contract that the engine relies on."""
     if not isinstance(model, nn.Module):
         yield "it is not a torch.nn.Module"
@@ -206,7 +215,7 @@ def _violations(model: nn.Module) -> Iterator[str]:
     if decoder is None or decoder is base or decoder is model or not hasattr(decoder, "layers"):
         yield "it has no decoder with layers of its own behind its base model"
         return
-    if not any(getattr(base.config, f"{m}_token_id", None) is not None for m in MODALITIES):
+    if not adapter.placeholders(base.config):
         yield "its config has no image_token_id: visual tokens cannot be told from text"
     if not len(decoder.layers) or "position_embeddings" not in inspect.signature(decoder.layers[0].forward).parameters:
         yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from vtc.models.base import Adapter, register_model, square
@@ -16,6 +17,14 @@ class Plain(Adapter):
     """One entry per image, no structure that a method could use."""
 
     families = {"mistral3": ("image",)}
+
+    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+        sizes = arguments.get("image_sizes")
+        if sizes is None:
+            return [Layout.plain(n) for n in lengths]
+        cell = base.config.vision_config.patch_size * base.config.spatial_merge_size
+        grids = [(int(h) // cell, int(w) // cell) for h, w in torch.as_tensor(sizes).tolist()]
+        return [Layout.plain(n, g if g[0] * g[1] == n else None) for n, g in zip(lengths, grids, strict=True)]
 
 
 @register_model
@@ -34,5 +43,15 @@ class Tiles(Adapter):
 class PrefixLM(Adapter):
     """Image tokens see each other in both directions; the engine prunes the masks that the base model prepares."""
 
-    families = {"gemma3": ("image",), "gemma4": ("image",), "paligemma": ("image",)}
+    families = {"gemma3": ("image",), "paligemma": ("image",)}
     notes = "image tokens attend in both directions; kept ones still do"
+
+
+@register_model
+class Gemma4(PrefixLM):
+    """Pictures of any shape: a square number of tokens is no square."""
+
+    families = {"gemma4": ("image",)}
+
+    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+        return [Layout.plain(n) for n in lengths]

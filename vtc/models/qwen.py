@@ -47,7 +47,7 @@ class Grids(Adapter):
 class GlmV(Grids):
     """Video frames are written into image placeholders, one block a frame."""
 
-    families = {"glm46v": ("image", "video"), "glm4v": ("image", "video")}
+    families = {"glm46v": ("image", "video")}
 
     def placeholders(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id, "video": config.image_token_id}

@@ -1,0 +1,470 @@
+"""Signals: the CLS row is what the tower's own attention says, lands on the right tokens, and costs nobody a backend.
+
+Two things are checked apart. The row: equal to the attention weights that the same layer gives in eager mode. The map
+from patches to tokens: found without vtc and without knowing any family, by asking autograd which patches of the
+tower's output a visual token depends on.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from zoo import FAMILIES, GREEDY, Batch, Family, get_model, make_batch
+from zoo import models as zoo_models
+from zoo.inputs import Fixed
+
+import vtc
+from vtc.engine import encode, taps
+from vtc.models import resolve
+
+SHORT = GREEDY | {"min_new_tokens": 2, "max_new_tokens": 2}
+
+
+@functools.cache
+def llava_full() -> Any:
+    """LLaVA that keeps the CLS feature as a visual token."""
+    text, vision = tf.LlamaConfig(**zoo_models._text()), zoo_models._clip()
+    sizes = {"image_token_index": zoo_models.IMAGE, "image_seq_length": 17}
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, vision_feature_select_strategy="full", **sizes)
+    return zoo_models._finish(tf.LlavaForConditionalGeneration, config)
+
+
+OWN = {"llava_full": Family("llava_full", llava_full, Fixed(8, 17))}
+WITH_CLS = ["llava", "vipllava", "llava_next", "llava_next_video_image", "llava_next_video", "video_llava", "internvl"]
+WITH_CLS += list(OWN)
+
+
+def model_of(name: str) -> Any:
+    return OWN[name].build() if name in OWN else get_model(name)
+
+
+@functools.cache
+def batch_of(name: str) -> Batch:
+    return make_batch(OWN.get(name, name))
+
+
+# ------------------------------------------------------------------------------------------------ what the encoders see
+
+
+def encoder_calls(batch: Batch) -> dict[str, dict[str, Tensor]]:
+    """The arguments of `get_image_features` and `get_video_features` for a batch."""
+    video = {"pixel_values_videos": batch["pixel_values_videos"]} if "pixel_values_videos" in batch else {}
+    names = ("pixel_values", "pixel_values_images", "image_sizes")
+    return {"image": {name: batch[name] for name in names if name in batch}, "video": video}
+
+
+def tower_of(base: Any, modality: str) -> nn.Module:
+    split = getattr(base, f"{modality}_tower", None)
+    return base.vision_tower if split is None else split
+
+
+def modalities(batch: Batch) -> list[str]:
+    return [modality for modality, arguments in encoder_calls(batch).items() if arguments]
+
+
+CELLS = [(name, modality) for name in WITH_CLS for modality in modalities(batch_of(name))]
+
+
+def pixels_of(model: Any, batch: Batch, modality: str) -> Tensor:
+    """What enters the tower, [pictures, 3, height, width]: seen by a hook, since families cut and reshape."""
+    seen: list[Tensor] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(args[0] if args else kwargs["pixel_values"])
+
+    hook = tower_of(model.model, modality).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        features(model, batch, modality)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def features(model: Any, batch: Batch, modality: str) -> list[Tensor]:
+    """Visual tokens [n, d] of each entry that the encoder returns."""
+    encoder = getattr(model.model, f"get_{modality}_features")
+    output = encoder(
+        *encoder_calls(batch)[modality].values(), return_dict=True
+    ).pooler_output  # names differ by release
+    return list(output)
+
+
+# ------------------------------------------------------------------------------------------ the row, by eager attention
+
+
+@torch.no_grad()
+def eager_rows(model: Any, batch: Batch, modality: str) -> Tensor:
+    """Float32 [pictures, patches]: attention of CLS in the tower's last layer, from the weights that eager returns."""
+    pixels, tower = pixels_of(model, batch, modality), tower_of(model.model, modality)
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        weights = tower(pixels, output_attentions=True).attentions
+    finally:
+        tower.set_attn_implementation(before)
+    assert len(weights) == tower.config.num_hidden_layers
+    return weights[-1].mean(1)[:, 0, 1:]
+
+
+@torch.no_grad()
+def recorded_rows(model: Any, batch: Batch, modality: str) -> Tensor:
+    """The rows that vtc hands to the adapter, in a forward pass of the whole model."""
+    rows: list[Tensor] = []
+    adapter = type(resolve(model)[0])
+    scores = adapter.cls_scores
+
+    def listen(self: Any, base: Any, kind: str, given: Tensor, *rest: Any) -> Any:
+        if kind == modality:
+            rows.append(given)
+        return scores(self, base, kind, given, *rest)
+
+    with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5):
+        monkeypatch.setattr(adapter, "cls_scores", listen)
+        model(**batch)
+    assert len(rows) == 1, "encoded more than once"
+    return rows[0]
+
+
+def check_rows_are_the_attention(model: Any, batch: Batch, modality: str) -> None:
+    ours, theirs = recorded_rows(model, batch, modality), eager_rows(model, batch, modality)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "modality"), CELLS)
+def test_the_row_is_the_towers_attention(name: str, modality: str) -> None:
+    check_rows_are_the_attention(model_of(name), batch_of(name), modality)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_rows_tell_patches_apart(name: str) -> None:
+    """The zoo's attention is not flat: a tolerance of 1e-6 means something."""
+    rows = eager_rows(model_of(name), batch_of(name), "image")
+    assert (rows.amax(1) / rows.amin(1)).min() > 1.2
+
+
+def wrong_layer(base: Any, modality: str) -> nn.Module:
+    encoder = base.vision_tower.encoder
+    layer = (encoder.layers if hasattr(encoder, "layers") else encoder.layer)[-2]
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+
+
+def without_scale(attention: nn.Module, hidden: Tensor) -> Tensor:
+    return REAL_ROW(ScaledBy(attention, 1.0), hidden)
+
+
+def over_patches_only(attention: nn.Module, hidden: Tensor) -> Tensor:
+    row = REAL_ROW(attention, hidden)
+    return row / row.sum(1, keepdim=True)
+
+
+def without_norm(attention: nn.Module, hidden: Tensor) -> Tensor:
+    return REAL_ROW(ScaledBy(attention, attention.scale, hide=("q_norm", "k_norm")), hidden)
+
+
+class ScaledBy:
+    """A module seen with another scale, and without some of its parts."""
+
+    def __init__(self, module: nn.Module, scale: float, hide: tuple[str, ...] = ()) -> None:
+        self.module, self.scale, self.hide = module, scale, hide
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.hide:
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+
+REAL_ROW = taps.cls_row
+
+
+@pytest.mark.parametrize("broken", [without_scale, over_patches_only], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_control_another_row_is_found(
+    name: str, broken: Callable[[nn.Module, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taps, "cls_row", broken)
+    with pytest.raises(AssertionError):
+        check_rows_are_the_attention(model_of(name), batch_of(name), "image")
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_control_another_layer_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = type(resolve(model_of(name))[0])
+    monkeypatch.setattr(adapter, "cls_attention", lambda self, base, modality: wrong_layer(base, modality))
+    with pytest.raises(AssertionError):
+        check_rows_are_the_attention(model_of(name), batch_of(name), "image")
+
+
+def internvl_with_qk_norm() -> Any:
+    vision = tf.InternVLVisionConfig(**zoo_models._tower(image_size=12), use_qk_norm=True)
+    text = tf.Qwen2Config(**zoo_models._text())
+    sizes = {"image_token_id": zoo_models.IMAGE, "image_seq_length": 9, "tie_word_embeddings": False}
+    config = tf.InternVLConfig(vision_config=vision, text_config=text, **sizes)
+    return zoo_models._finish(tf.InternVLForConditionalGeneration, config)
+
+
+def test_towers_that_normalise_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = internvl_with_qk_norm(), batch_of("internvl")
+    check_rows_are_the_attention(model, batch, "image")
+    monkeypatch.setattr(taps, "cls_row", without_norm)
+    with pytest.raises(AssertionError):
+        check_rows_are_the_attention(model, batch, "image")
+
+
+# --------------------------------------------------------------------------------------- the map from patches to tokens
+
+
+@contextmanager
+def tower_output(model: Any, modality: str) -> Iterator[list[Tensor]]:
+    """Put a leaf of autograd where the tower's output was; families read `hidden_states` or `last_hidden_state`."""
+    leaves: list[Tensor] = []
+
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        leaf = torch.randn(output.last_hidden_state.shape, generator=torch.Generator().manual_seed(0))
+        leaves.append(leaf.requires_grad_())
+        output.last_hidden_state = leaf
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(leaf for _ in output.hidden_states)
+        return output
+
+    hook = tower_of(model.model, modality).register_forward_hook(replace)
+    try:
+        yield leaves
+    finally:
+        hook.remove()
+
+
+def sources(model: Any, batch: Batch, modality: str) -> list[Tensor]:
+    """For every image, bool [n, pictures, 1 + patches]: what each of its tokens depends on."""
+    with tower_output(model, modality) as leaves:
+        entries = features(model, batch, modality)
+    tokens = torch.cat([entry.reshape(-1, entry.shape[-1]) for entry in entries])
+    weights = torch.randn(tokens.shape[1], generator=torch.Generator().manual_seed(1))
+    reached = []
+    for token in tokens @ weights:
+        if token.requires_grad:
+            (gradient,) = torch.autograd.grad(token, leaves[0], retain_graph=True, allow_unused=True)
+            reached.append((gradient != 0).any(-1))
+    return list(torch.stack(reached).split(token_counts(batch, modality)))
+
+
+def token_counts(batch: Batch, modality: str) -> list[int]:
+    """Placeholders of every image of a modality, over all samples in order."""
+    token = zoo_models.IMAGE if modality == "image" else zoo_models.VIDEO
+    return [
+        len(columns)
+        for sample, images in zip(batch.samples, batch.images, strict=True)
+        for columns in images
+        if sample["input_ids"][0, columns[0]] == token
+    ]
+
+
+def scores_by_hand(rows: Tensor, reached: Tensor) -> Tensor:
+    """Mean over the patches behind each token; 0 where there are none (newlines) and for CLS, which rows leave out."""
+    behind = reached[..., 1:].float()
+    return (behind * rows).sum((1, 2)) / behind.sum((1, 2)).clamp(min=1)
+
+
+@torch.no_grad()
+def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
+    """The `cls` signal as methods get it, image by image."""
+    seen: list[Any] = []
+    select = vtc.ToDRE.select
+
+    def look(self: vtc.ToDRE, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+        seen.append(tokens)
+        return select(self, tokens, budget)
+
+    with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5) as patch:
+        monkeypatch.setattr(vtc.ToDRE, "select", look)
+        model(**batch)
+        images = patch.stage.last[0].images
+    scores = zip(images, seen[0].signals["cls"], strict=True)
+    for image, row in zip(images, seen[0].signals["cls"], strict=True):
+        assert not row[image.layout.length :].any(), "padding scores 0"
+    return [row[: image.layout.length] for image, row in scores if image.modality == modality]
+
+
+def check_signals_are_mapped(model: Any, batch: Batch, modality: str) -> list[Tensor]:
+    rows, reached = eager_rows(model, batch, modality), sources(model, batch, modality)
+    expected = [scores_by_hand(rows, image) for image in reached]
+    found = signals_of(model, batch, modality)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    return found
+
+
+@pytest.mark.parametrize(("name", "modality"), CELLS)
+def test_every_token_has_the_attention_of_its_patches(name: str, modality: str) -> None:
+    check_signals_are_mapped(model_of(name), batch_of(name), modality)
+
+
+def test_newlines_score_nothing_and_patches_something() -> None:
+    """Any resolution: thumbnail first, then the mosaic in raster order over the crops, a zero after each row."""
+    model, batch = get_model("llava_next"), batch_of("llava_next")
+    wide = check_signals_are_mapped(model, batch, "image")[0]  # 8 x 16 pixels: a thumbnail and two crops
+    zeros = (wide == 0).nonzero()[:, 0].tolist()
+    assert zeros == [16 + 9 * row + 8 for row in range(4)]
+    rows = eager_rows(model, batch, "image")
+    torch.testing.assert_close(wide[:16], rows[0], rtol=0, atol=1e-6)
+    left, right = rows[1].reshape(4, 4), rows[2].reshape(4, 4)
+    by_hand = torch.cat([left, right, torch.zeros(4, 1)], dim=1).flatten()
+    torch.testing.assert_close(wide[16:], by_hand, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "modality"), CELLS)
+def test_synthetic_rows_arrive_where_they_belong(name: str, modality: str) -> None:
+    """Rows that number the patches, through the adapter alone: a token's score is the mean number of its patches."""
+    model, batch = model_of(name), batch_of(name)
+    adapter, parts = resolve(model)
+    reached = sources(model, batch, modality)
+    pictures, patches = reached[0].shape[1], reached[0].shape[2] - 1
+    rows = 1.0 + torch.arange(float(pictures * patches)).reshape(pictures, patches)
+    entries = [entry.shape[:-1].numel() for entry in features(model, batch, modality)]
+    arguments = encoder_calls(batch)[modality]
+    layouts = adapter.layouts(parts.base, modality, entries, arguments)
+    scores = torch.cat(list(adapter.cls_scores(parts.base, modality, rows, layouts, arguments)))
+    expected = torch.cat([scores_by_hand(rows, image) for image in reached])
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
+
+
+def shifted(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: [scores.roll(1) for scores in real(*args)]
+
+
+def crops_swapped(real: Callable[..., Any]) -> Callable[..., Any]:
+    def scores(self: Any, base: Any, modality: str, rows: Tensor, *rest: Any) -> Any:
+        return real(self, base, modality, rows[[0, 2, 1, *range(3, len(rows))]], *rest)
+
+    return scores
+
+
+@pytest.mark.parametrize("broken", [shifted, crops_swapped], ids=lambda f: f.__name__)
+def test_control_a_wrong_map_is_found(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = type(resolve(get_model("llava_next"))[0])
+    monkeypatch.setattr(adapter, "cls_scores", broken(adapter.cls_scores))
+    with pytest.raises(AssertionError):
+        check_signals_are_mapped(get_model("llava_next"), batch_of("llava_next"), "image")
+
+
+# ----------------------------------------------------------------------------------------- 5: nobody asks for attention
+
+
+@contextmanager
+def watching_attention(model: Any) -> Iterator[list[nn.Module]]:
+    """Fail as soon as anybody asks for attention weights, or attends with another implementation than configured."""
+    calls: list[nn.Module] = []
+    backends = implementations(model)
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert not kwargs.get("output_attentions"), f"{type(module).__name__} was asked for its weights"
+        assert implementations(model) == backends, "the attention implementation was swapped"
+        calls.append(module)
+        return sdpa(module, *args, **kwargs)
+
+    def refuse(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        assert not kwargs.get("output_attentions"), f"{type(module).__name__} was asked for attention weights"
+
+    def attend_eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"{type(module).__name__} attends eagerly")
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    hooks = [module.register_forward_pre_hook(refuse, with_kwargs=True) for module in model.modules()]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend  # a local entry, which hides the global one
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for source in {sys.modules[type(module).__module__] for module in model.modules()}:
+                monkeypatch.setattr(source, "eager_attention_forward", attend_eagerly, raising=False)
+            yield calls
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        for hook in hooks:
+            hook.remove()
+    assert implementations(model) == backends
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa
+
+
+def implementations(model: Any) -> list[tuple[str, str]]:
+    """Of every module that has a configuration: towers, projectors, language model, attention layers."""
+    return [
+        (name, module.config._attn_implementation)
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation")
+    ]
+
+
+@torch.no_grad()
+def check_attention_is_left_alone(model: Any, batch: Batch) -> None:
+    """Every layer attends as often as in the unpatched model, as configured, and keeps its weights to itself."""
+    model.set_attn_implementation("sdpa")
+    model.generate(**batch, **SHORT)  # loads what is loaded lazily
+    with watching_attention(model) as unpatched:
+        model.generate(**batch, **SHORT)
+    adapter, parts = resolve(model)
+    method = vtc.ToDRE(keep=0.5, pivot="cls" if "cls" in adapter.offers(parts) else "random")
+    with watching_attention(model) as patched, vtc.patch(model, method) as patch:
+        model.generate(**batch, **SHORT)
+        assert patch.last_keep
+    assert unpatched, "no layer attends through the registry: nothing was watched"
+    assert patched == unpatched
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OWN])
+def test_attention_is_left_alone(name: str) -> None:
+    check_attention_is_left_alone(model_of(name), batch_of(name))
+
+
+def attends_eagerly(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """The row by a second pass of the layer, switched to the implementation that returns weights, and back."""
+    if taps.cls_rows() is not None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        module.config._attn_implementation, before = "eager", module.config._attn_implementation
+        weights = module.forward(hidden)[1]
+        module.config._attn_implementation = before
+        taps.cls_rows().append(weights.mean(1)[:, 0, 1:])
+
+
+def attends_again(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A second pass in the configured implementation."""
+    module.forward(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+    taps.tap_cls(module, args, kwargs)
+
+
+def listens_with_attentions(*given: Any) -> Callable[..., Any]:
+    call = REAL_LISTENING(*given)
+    return functools.wraps(call)(lambda *args, **kwargs: call(*args, **kwargs, output_attentions=True))
+
+
+REAL_LISTENING = encode.listening
+
+
+def swaps_on_patch(parts_of: vtc.Patch) -> None:
+    REAL_INSTALL(parts_of)
+    parts_of.model.get_decoder().config._attn_implementation = "eager"
+
+
+REAL_INSTALL = vtc.patching._install
+BREAKAGES = {
+    "an eager pass": ("tap_cls", attends_eagerly),
+    "a second pass": ("tap_cls", attends_again),
+    "output_attentions": ("listening", listens_with_attentions),
+    "another implementation": ("_install", swaps_on_patch),
+}
+
+
+@pytest.mark.parametrize(("name", "broken"), BREAKAGES.values(), ids=BREAKAGES.keys())
+def test_control_who_meddles_with_attention_is_found(name: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vtc.patching, name, broken)
+    model = FAMILIES["llava"].build()  # a throw-away one: it may stay broken
+    with pytest.raises(AssertionError):
+        check_attention_is_left_alone(model, batch_of("llava"))
