@@ -79,10 +79,7 @@ def layouts_in(model: Any, batch: Batch) -> list[list[Layout]]:
     """The layouts that a method would see, by sample and image."""
     with vtc.patch(model, "grid", keep=0.5) as patch:
         model(**batch)
-        samples: list[list[Layout]] = [[] for _ in batch.samples]
-        for image in patch.stage.last[0].images:
-            samples[image.row].append(image.layout)
-        return samples
+        return patch.last_layouts
 
 
 def picture(rows: int, columns: int) -> Layout:

@@ -23,7 +23,7 @@ from zoo import models as zoo_models
 from zoo.inputs import Fixed
 
 import vtc
-from vtc.engine import encode, taps
+from vtc.engine import encode, plan, taps
 from vtc.models import resolve
 
 SHORT = GREEDY | {"min_new_tokens": 2, "max_new_tokens": 2}
@@ -284,10 +284,18 @@ def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
         seen.append(tokens)
         return select(self, tokens, budget)
 
-    with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5) as patch:
+    located: list[Any] = []
+    locate = plan.locate
+
+    def listen(*args: Any) -> list[Any]:
+        located[:] = locate(*args)
+        return located
+
+    with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5):
         monkeypatch.setattr(vtc.ToDRE, "select", look)
+        monkeypatch.setattr(plan, "locate", listen)
         model(**batch)
-        images = patch.stage.last[0].images
+    images = list(located)
     scores = zip(images, seen[0].signals["cls"], strict=True)
     for image, row in zip(images, seen[0].signals["cls"], strict=True):
         assert not row[image.layout.length :].any(), "padding scores 0"
