@@ -55,14 +55,24 @@ FRAME: ContextVar[Frame | None] = ContextVar("vtc_frame", default=None)
 PREPARED_MASKS: ContextVar[tuple[Tensor | None, Tensor | None]] = ContextVar("vtc_masks", default=(None, None))
 """The logical and the physical 2-D mask behind the 4-D one that ``prepare_inputs_for_generation`` just built."""
 
-_CLS_ROWS: ContextVar[list[Tensor] | None] = ContextVar("vtc_cls_rows", default=None)
+
+class ClsRows(list[Tensor]):
+    """CLS rows in the order of the tower's calls, [pictures, patches] each: the list itself after the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: list[Tensor] = []
+        """The same before the softmax."""
+
+
+_CLS_ROWS: ContextVar[ClsRows | None] = ContextVar("vtc_cls_rows", default=None)
 _BYPASS: ContextVar[bool] = ContextVar("vtc_bypass", default=False)
 
 
 @contextmanager
-def recording_cls_rows() -> Iterator[list[Tensor]]:
+def recording_cls_rows() -> Iterator[ClsRows]:
     """Collect the CLS rows that the taps compute while the vision tower runs."""
-    rows: list[Tensor] = []
+    rows = ClsRows()
     token = _CLS_ROWS.set(rows)
     try:
         yield rows
@@ -70,7 +80,7 @@ def recording_cls_rows() -> Iterator[list[Tensor]]:
         _CLS_ROWS.reset(token)
 
 
-def cls_rows() -> list[Tensor] | None:
+def cls_rows() -> ClsRows | None:
     """Where to put a CLS row, or ``None`` when nobody asked."""
     return _CLS_ROWS.get()
 

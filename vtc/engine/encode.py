@@ -39,8 +39,9 @@ def listening(
         arguments = _flat(signature, args, kwargs)
         layouts = adapter.layouts(base, modality, lengths, arguments)
         signals = {}
-        if "cls" in needs and rows:
-            signals["cls"] = adapter.cls_scores(base, modality, torch.cat(rows), layouts, arguments)
+        for name, heard in {"cls": rows, "cls_logits": rows.logits}.items():
+            if name in needs and heard:
+                signals[name] = adapter.cls_scores(base, modality, torch.cat(heard), layouts, arguments)
         encoded = Encoded(tuple(layouts), signals, adapter.merge)
         setattr(output, _ATTACHED, encoded)
         if (frame := FRAME.get()) is not None:

@@ -147,7 +147,9 @@ class EntryStage:
         past = physical_length(cache)
         if self.layers.stages:
             starts = self._starts(cache, past, width)
-            self.layers.begin(frame, Inside.begin(decision, compact, frame.pad_right, starts), cache)
+            inside = Inside.begin(decision, compact, frame.pad_right, starts)
+            inside.past, inside.head = past, masks.stored(frame.mask, width)
+            self.layers.begin(frame, inside, cache)
         ids = call.get("position_ids")
         if ids is None:
             ids = torch.arange(width, device=embeds.device)[None] + (0 if cache is None else cache.get_seq_length())

@@ -131,19 +131,26 @@ class LayerStages:
                 signals[name] = inside.rows[source][name]
         keep, counts = self.method.keep_inside(inside.stages_done, inside.tokens(call.hidden, signals))
         cache = call.kwargs.get("past_key_values")
-        past = physical_length(cache, index)
-        slots = slot_map(cache, index)
-        inside.past = past
-        inside.head = None if slots is None else slots.physical_mask(_before(frame, slots, past), past)
+        inside.past, inside.head = self._stored(index, frame, cache)
         compact = inside.drop(keep, counts)
         inside.stages_done += 1
         inside.masks.clear()
         inside.history.append((index, inside.alive))
-        if slots is not None:
+        if (slots := slot_map(cache, index)) is not None:
             dropped = torch.tensor([n - c for n, c in zip(inside.lengths, inside.counts, strict=True)])
             holes = compact.holes
-            slots.extend(past, inside.index, inside.valid, inside.width, dropped.to(slots.dropped.device), holes)
+            slots.extend(inside.past, inside.index, inside.valid, inside.width, dropped.to(slots.dropped.device), holes)
         return compact
+
+    def _stored(self, index: int, frame: Frame, cache: Any) -> tuple[int, Tensor | None]:
+        """How many keys a layer stored before this call, and which of them are no padding (``None``: all)."""
+        inside = frame.inside
+        assert inside is not None
+        ahead = self.stages[inside.stages_done :]
+        if not ahead or ahead[0].after != index:  # as the layers before it
+            return inside.past, inside.head
+        past, slots = physical_length(cache, index), slot_map(cache, index)
+        return past, None if slots is None else slots.physical_mask(_before(frame, slots, past), past)
 
     def _fitted(self, index: int, frame: Frame, call: _Call) -> _Call:
         """The call with rotary embeddings, mask and aligned tensors of the shorter sequence."""
@@ -209,9 +216,7 @@ class LayerStages:
         assert inside is not None
         wanted = self.row_layers[index]
         cache, given = call.kwargs.get("past_key_values"), call.kwargs.get("attention_mask")
-        past = physical_length(cache, index)
-        slots = slot_map(cache, index)
-        head = None if slots is None else slots.physical_mask(_before(frame, slots, past), past)
+        past, head = self._stored(index, frame, cache)
         prepared = given if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4 else None
         attend = functools.partial(
             taps.attention_rows,

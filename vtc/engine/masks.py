@@ -35,13 +35,18 @@ def shortened(parts: Parts, mask: Any, before: Tensor | None, compact: Compactio
     return {kind: _prepared(parts, one, padding, compact, cache, past, types.index(kind)) for kind, one in mask.items()}
 
 
+def stored(before: Tensor | None, new: int) -> Tensor | None:
+    """The part of a 2-D padding mask that is about stored tokens, ``None`` where there is none to tell."""
+    return None if before is None or before.shape[1] == new else before[:, : before.shape[1] - new]
+
+
 def _padding(before: Tensor | None, compact: Compaction, cache: Any, past: int) -> Tensor | None:
     """Bool [B, past + M], ``None`` where nothing is padding and a cache says so.
 
     Without a cache an explicit mask also keeps gaps in the positions from being taken for packed sequences.
     """
-    head = None if before is None else before[:, : before.shape[1] - compact.width]
-    if cache is not None and not compact.holes and (head is None or not head.shape[1]):
+    head = stored(before, compact.width)
+    if cache is not None and not compact.holes and head is None:
         return None
     if head is None:
         head = compact.valid.new_ones(compact.valid.shape[0], past)

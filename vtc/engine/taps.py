@@ -22,6 +22,16 @@ def cls_row(attention: nn.Module, hidden: Tensor) -> Tensor:
     Returns:
         float32 [pictures, patches]. The softmax runs over CLS and patches, as in the tower; memory is O(patches).
     """
+    return _cls_scores(attention, hidden).softmax(-1).mean(1)[:, 1:]
+
+
+def cls_logit_row(attention: nn.Module, hidden: Tensor) -> Tensor:
+    """The same before the softmax: scaled products of query and key, averaged over heads."""
+    return _cls_scores(attention, hidden).mean(1)[:, 1:]
+
+
+def _cls_scores(attention: nn.Module, hidden: Tensor) -> Tensor:
+    """float32 [pictures, heads, 1 + patches]."""
     heads = attention.num_heads
 
     def project(x: Tensor, side: str) -> Tensor:
@@ -31,8 +41,7 @@ def cls_row(attention: nn.Module, hidden: Tensor) -> Tensor:
         return y.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     query, key = project(hidden[:, :1], "q"), project(hidden, "k")
-    scores = (query @ key.transpose(2, 3)).float() * attention.scale
-    return scores.softmax(-1).mean(1)[:, 0, 1:]
+    return (query @ key.transpose(2, 3)).float()[:, :, 0] * attention.scale
 
 
 def tap_cls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -42,6 +51,17 @@ def tap_cls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     rows.append(cls_row(module, hidden.detach()))
 
+
+def tap_cls_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The same for the logits."""
+    if torch.compiler.is_compiling() or (rows := cls_rows()) is None:
+        return
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    rows.logits.append(cls_logit_row(module, hidden.detach()))
+
+
+CLS_TAPS = {"cls": tap_cls, "cls_logits": tap_cls_logits}
+"""By signal, the hook that hears it."""
 
 ROW_SIGNALS = frozenset({"instruction", "last", "text_to_visual", "visual_to_text"})
 _BLOCK = 64  # rows at a time: memory stays O(rows of a block x keys) per head
