@@ -1,0 +1,149 @@
+"""Answer accuracy under compression: `python benchmarks/accuracy.py`.
+
+Every cell (method x keep) answers the same evaluation questions through the public API: `vtc.patch` and the model's
+own `generate`, in left-padded batches. Two scores per question: the answer word (first generated word right) and the
+exact match (the model also stops after it). The headline mean leaves `count` out and shows it beside: counting reads
+how much foreground is left here, so any drop shifts it. Intervals are 95 % Wilson intervals over questions; `random` is
+the mean of several seeds, its interval that of a single run over as many questions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+import vtc
+from vtc_tinyvlm import TYPES, Question, load, split_questions
+from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
+from vtc_tinyvlm.provenance import provenance
+
+HEADLINE = "mean_without_count"
+UNPRUNED = "none"
+COMMAND = "python benchmarks/accuracy.py"
+
+
+@dataclass
+class Cell:
+    """Scores of one method at one keep: per score and question, the share of seeds that were right."""
+
+    method: str
+    keep: float
+    kept: float
+    seeds: int
+    seconds: float
+    scores: dict[str, list[float]]
+
+
+def answer_all(model: Any, inputs: list[dict[str, Any]], processor: Any, patch: Any) -> tuple[list[str], float]:
+    """Generated texts of all prepared batches under a patch, and the mean number of visual tokens kept per image."""
+    texts, kept = [], []
+    with patch as handle:
+        for batch in inputs:
+            texts += generate(model, processor, batch)
+            if handle is not None:
+                kept += [len(image) for sample in handle.last_keep for image in sample]
+            else:
+                kept += [int((row == model.config.image_token_id).sum()) for row in batch["input_ids"]]
+    return texts, sum(kept) / len(kept)
+
+
+def apply(model: Any, method: str, keep: float, seed: int) -> Any:
+    """The patch of a cell as a context manager; no patch at all for the unpruned cell."""
+    if method == UNPRUNED:
+        return nullcontext()
+    return vtc.patch(model, method, keep=keep, **({"seed": seed} if method == "random" else {}))
+
+
+def rows_of(cell: Cell, questions: list[Question]) -> list[dict[str, Any]]:
+    """The headline row and one row per question type."""
+    rows = type_rows(cell.scores, questions)
+    parts = [r for r in rows if r["type"] != "count"]
+    head: dict[str, Any] = {"type": HEADLINE, "questions": sum(r["questions"] for r in parts)}
+    for name in SCORES:
+        mean = sum(r[name] for r in parts) / len(parts)
+        error = math.sqrt(sum(r[name] * (1 - r[name]) / r["questions"] for r in parts)) / len(parts)
+        head |= {
+            name: mean,
+            f"{name}_low": max(0.0, mean - 1.96 * error),
+            f"{name}_high": min(1.0, mean + 1.96 * error),
+        }
+    about = {"method": cell.method, "keep": str(cell.keep), "kept_tokens": f"{cell.kept:.1f}", "seeds": cell.seeds}
+    return [about | row | {"seconds": f"{cell.seconds:.1f}"} for row in (head, *rows)]
+
+
+def markdown(rows: list[dict[str, Any]], command: str) -> str:
+    """The accuracy table: answer-word accuracy per type, headline and exact-match headline."""
+    first = rows[0]
+    per_type = next(r["questions"] for r in rows if r["type"] == TYPES[0])
+    order = [t for t in TYPES if t != "count"]
+    lines = [
+        f"# Accuracy under compression, {first['model']}",
+        "",
+        f"Made by `{command}` on {first['date']}, commit {first['commit']}, {first['device']}, torch {first['torch']}, "
+        f"transformers {first['transformers']}. {per_type} {first['split']} questions per type, the same in every row. "
+        "Per cent of questions whose answer word is right, with 95 % intervals; `mean` leaves `count` out; "
+        "`exact` is that mean when the model must also stop after the answer.",
+        "",
+        "| method | keep | tokens | mean | exact | " + " | ".join(order) + " | count |",
+        "| --- " * (6 + len(order)) + "|",
+    ]
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["keep"]), {})[row["type"]] = row
+    for (method, keep), by_type in cells.items():
+        head = by_type[HEADLINE]
+        seeds = f" ({head['seeds']} seeds)" if head["seeds"] > 1 else ""
+        shown = [percent(head, "answer"), percent(head, "exact")]
+        shown += [percent(by_type[t], "answer") for t in [*order, "count"]]
+        lines.append(f"| {method}{seeds} | {keep} | {head['kept_tokens']} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    model: Annotated[str, typer.Option(help="tinyvlm, or a checkpoint directory of the same make.")] = "tinyvlm",
+    methods: str = "random,grid,divprune,todre",
+    keep: Annotated[str, typer.Option(help="Fractions; 1.0 is run once, unpatched.")] = "1.0,0.5,0.25,0.1",
+    questions: int = 2400,
+    seeds: Annotated[int, typer.Option(help="Runs of `random`.")] = 3,
+    batch: int = 64,
+    threads: Annotated[int, typer.Option(help="torch threads; 0 leaves them alone.")] = 0,
+    split: Annotated[str, typer.Option(help="validation while anything is still being decided.")] = "evaluation",
+    out: Path = Path("benchmarks/results/accuracy_tinyvlm.csv"),
+) -> None:
+    """Measure every cell, print the table, write the CSV and its Markdown rendering."""
+    if threads:
+        torch.set_num_threads(threads)
+    vlm, processor = load() if model == "tinyvlm" else load(model)
+    asked = split_questions(questions, split)
+    inputs = prepare(asked, processor, batch)
+    plan: list[tuple[str, float]] = []
+    for fraction in (float(k) for k in keep.split(",")):
+        plan += [(UNPRUNED, 1.0)] if fraction == 1.0 else [(m, fraction) for m in methods.split(",")]
+    source, rows = provenance() | {"vtc": getattr(vtc, "__version__", "unknown")}, []
+    bar = tqdm(total=sum(seeds if m == "random" else 1 for m, _ in plan), desc="cells")
+    for name, fraction in plan:
+        runs, began = (seeds if name == "random" else 1), time.time()
+        totals = {score_name: [0.0] * len(asked) for score_name in SCORES}
+        for seed in range(runs):
+            texts, kept = answer_all(vlm, inputs, processor, apply(vlm, name, fraction, seed))
+            for key, values in score(texts, asked).items():
+                totals[key] = [total + value / runs for total, value in zip(totals[key], values, strict=True)]
+            bar.update()
+        cell = Cell(name, fraction, kept, runs, (time.time() - began) / runs, totals)
+        rows += [{"model": model, "split": split} | row | source for row in rows_of(cell, asked)]
+        write_csv(rows, out)  # after every cell: an interrupted run leaves what it has
+        out.with_suffix(".md").write_text(markdown(rows, COMMAND))
+    bar.close()
+    typer.echo(markdown(rows, COMMAND))
+
+
+if __name__ == "__main__":
+    typer.run(main)
