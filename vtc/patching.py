@@ -109,13 +109,16 @@ class Patch:
 
     @property
     def last_columns(self) -> list[Tensor] | None:
-        """Columns of the last prompt that went on into the language model: a LongTensor per sample, ascending.
+        """Columns of the last prompt that reached the end of the language model: a LongTensor per sample, ascending.
 
         Logits and labels of a plain forward pass line up with these columns, not with the prompt's.
         """
-        if self.stage.last is None or (compact := self.stage.last.compaction) is None:
+        if (last := self.stage.last) is None or last.compaction is None:
             return None
-        return [row.nonzero()[:, 0] for row in compact.keep.cpu()]
+        if last.history:
+            end = last.history[-1]
+            return [index[valid] for index, valid in zip(end.index.cpu(), end.valid.cpu(), strict=True)]
+        return [row.nonzero()[:, 0] for row in last.compaction.keep.cpu()]
 
     @property
     def active(self) -> bool:

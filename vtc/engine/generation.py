@@ -12,9 +12,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from vtc.engine.compaction import Compaction
 from vtc.engine.context import FRAME, PREPARED_MASKS, is_bypassed
 from vtc.engine.lengths import physical_length, slot_map
 
@@ -92,18 +92,17 @@ def pruning_labels(loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loss)
     def call(*args: Any, **kwargs: Any) -> Any:
         frame = FRAME.get()
-        compact: Compaction | None = None if frame is None else frame.compaction
-        if compact is not None:
-            shorten = functools.partial(_shorten, compact=compact)
-            args = tuple(shorten(a) for a in args)
-            kwargs = {name: shorten(value) if name == "labels" else value for name, value in kwargs.items()}
+        if frame is not None and frame.compaction is not None:
+            passed = frame.inside.history if frame.inside is not None else []
+            shorten = (passed[-1] if passed else frame.compaction).labels
+            shape = frame.compaction.keep.shape
+            args = tuple(shorten(a) if _are_labels(a, shape) else a for a in args)
+            kwargs = {name: shorten(v) if _are_labels(v, shape) else v for name, v in kwargs.items()}
         return loss(*args, **kwargs)
 
     return call
 
 
-def _shorten(value: Any, compact: Compaction) -> Any:
+def _are_labels(value: Any, shape: torch.Size) -> bool:
     """Only labels are integer tensors as wide as the prompt; logits already have the short width."""
-    if isinstance(value, Tensor) and not value.is_floating_point() and value.shape == compact.keep.shape:
-        return compact.labels(value)
-    return value
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.shape == shape

@@ -13,6 +13,28 @@ from vtc.engine.plan import Plan
 from vtc.tokens import InsideTokens
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What was left after one stage.
+
+    Attributes:
+        after: layers run before it.
+        alive: bool [G, N], tokens of each image.
+        index: LongTensor [B, M], columns of the call.
+        valid: bool [B, M], False at padding and holes.
+    """
+
+    after: int
+    alive: Tensor
+    index: Tensor
+    valid: Tensor
+
+    def labels(self, labels: Tensor, ignore: int = -100) -> Tensor:
+        """Labels [B, N] → [B, M], ``ignore`` at holes."""
+        picked = labels.gather(1, self.index.to(labels.device))
+        return picked.masked_fill(~self.valid.to(labels.device), ignore)
+
+
 @dataclass
 class Inside:
     """Grows shorter from stage to stage.
@@ -32,7 +54,7 @@ class Inside:
         transition: float [G, N], summed so far.
         rows: attention rows that a stage ahead will ask for, by layer.
         masks: masks made for a stage, by (first layer, layer type).
-        history: after each stage: (layers run before, alive).
+        history: what was left after each stage.
         lengths: columns of each row that were real before anything left (host integers).
         entered: columns that entered the first layer.
         starts: by layer type, where this call's keys begin in the masks that the base model prepared.
@@ -54,7 +76,7 @@ class Inside:
     transition: Tensor | None = None
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
-    history: list[tuple[int, Tensor]] = field(default_factory=list)
+    history: list[Passed] = field(default_factory=list)
     lengths: tuple[int, ...] = ()
     entered: int = 0
     starts: dict[str | None, int] = field(default_factory=dict)

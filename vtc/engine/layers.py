@@ -13,17 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import masking_utils, modeling_layers
 
 from vtc.engine import taps
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import FRAME, Frame, is_bypassed
-from vtc.engine.inside import Inside
+from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, physical_length, slot_map, stage_of
 from vtc.methods import Method
 from vtc.methods.base import Stage
 from vtc.models import Parts
+
+# Newer releases checkpoint a layer's forward and leave the hooks outside; older ones its __call__.
+_CHECKPOINTS_HOOKS = "__call__" in modeling_layers.GradientCheckpointingLayer.__dict__
 
 
 class LayerStages:
@@ -74,6 +78,12 @@ class LayerStages:
             return None
         if frame.inside is None:
             return self._later(index, frame, args, kwargs)
+        if layer.training and getattr(layer, "gradient_checkpointing", False) and _CHECKPOINTS_HOOKS:
+            raise NotImplementedError(
+                f"transformers {transformers.__version__} runs hooks again when it recomputes a checkpointed layer, "
+                "and tokens would leave twice; train without gradient checkpointing, update transformers, or use a method "
+                "that drops tokens before the language model"
+            )
         inside = frame.inside
         call = _Call(args, kwargs)
         stage = self.stages[inside.stages_done] if inside.stages_done < len(self.stages) else None
@@ -135,7 +145,7 @@ class LayerStages:
         compact = inside.drop(keep, counts)
         inside.stages_done += 1
         inside.masks.clear()
-        inside.history.append((index, inside.alive))
+        inside.history.append(Passed(index, inside.alive, inside.index, inside.valid))
         if (slots := slot_map(cache, index)) is not None:
             dropped = torch.tensor([n - c for n, c in zip(inside.lengths, inside.counts, strict=True)])
             holes = compact.holes

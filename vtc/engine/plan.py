@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from vtc.engine.context import Frame
 from vtc.engine.locate import Located, locate
 from vtc.methods import Method
 from vtc.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from vtc.engine.inside import Passed
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,19 @@ class Prefill:
         plan: the entry stage's decision.
         compaction: the columns it left, ``None`` if nothing was dropped.
         lengths: real columns of each sample's prompt, before anything was dropped (host integers).
-        history: (layers run before, bool [G, N] of the tokens still there) after each stage inside the model.
+        history: what was left after each stage inside the model.
     """
 
     plan: Plan
     compaction: Compaction | None
     lengths: tuple[int, ...]
-    history: list[tuple[int, Tensor]]
+    history: list[Passed]
 
     def kept(self) -> list[tuple[int, list[list[Tensor]]]]:
         """(layers run before, kept indices by sample and image): at entry, and after each stage."""
         batch = len(self.lengths)
-        return [(0, self.plan.kept(batch)), *((after, self.plan.kept(batch, alive)) for after, alive in self.history)]
+        inside = [(stage.after, self.plan.kept(batch, stage.alive)) for stage in self.history]
+        return [(0, self.plan.kept(batch)), *inside]
 
 
 def plan(method: Method, frame: Frame, embeds: Tensor) -> Plan | None:
