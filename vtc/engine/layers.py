@@ -80,8 +80,8 @@ class LayerStages:
             return self._later(index, frame, args, kwargs)
         if layer.training and getattr(layer, "gradient_checkpointing", False) and _CHECKPOINTS_HOOKS:
             raise NotImplementedError(
-                f"transformers {transformers.__version__} runs hooks again when it recomputes a checkpointed layer, "
-                "and tokens would leave twice; train without gradient checkpointing, update transformers, or use a method "
+                f"transformers {transformers.__version__} runs hooks again when it recomputes a checkpointed layer: "
+                "tokens would leave twice. Train without gradient checkpointing, update transformers, or use a method "
                 "that drops tokens before the language model"
             )
         inside = frame.inside
