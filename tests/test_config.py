@@ -30,7 +30,7 @@ def chain(monkeypatch):
     class Chain(Method):
         first: Method | None = None
         others: tuple[Method | int, ...] = ()
-        name: ClassVar[str] = "chain"
+        name: ClassVar[str] = "links"
 
         def select(self, tokens, budget):
             raise NotImplementedError
@@ -45,7 +45,8 @@ def test_every_method_survives_json_with_its_defaults(name):
     again = CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.build() == method
-    assert config.options["keep"] == 0.25  # written down, so that a new default does not change an old file
+    assert config.options["keep"] == method.keep  # written down, so that a new default does not change an old file
+    assert method.keep is not None
 
 
 @settings(deadline=None, max_examples=50)

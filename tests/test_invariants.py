@@ -737,8 +737,8 @@ def state_on_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
         shared.set(adopt(cache, *args))
         return shared.get()
 
-    def looking(cache: Any) -> Any:
-        return None if slot_map(cache) is None else shared.get()
+    def looking(cache: Any, layer: int = 0) -> Any:
+        return None if slot_map(cache, layer) is None else shared.get()
 
     monkeypatch.setattr(entry, "adopt", adopting)
     for module in (entry, lengths, generation):
@@ -801,13 +801,14 @@ def test_a_refused_second_patch_leaves_the_first_as_it_was() -> None:
 
 def installs_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vtc that installs, and only then looks whether it can."""
-    check = patching._check
+    check = patching.fitted
 
-    def late(adapter: Any, parts: Any, method: vtc.Method, config: Any) -> None:
-        patching._install(vtc.Patch(parts.root, config, EntryStage(adapter, parts, method, config.positions)))
-        check(adapter, parts, method, config)
+    def late(adapter: Any, parts: Any, method: vtc.Method, positions: str) -> vtc.Method:
+        config = vtc.CompressionConfig.of(method, positions)
+        patching._install(vtc.Patch(parts.root, config, EntryStage(adapter, parts, method, positions)))
+        return check(adapter, parts, method, positions)
 
-    monkeypatch.setattr(patching, "_check", late)
+    monkeypatch.setattr(patching, "fitted", late)
 
 
 def marks_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from vtc.methods import Method, list_methods, make_method, method_class, registe
 from vtc.methods.base import _REGISTRY, image_seed
 from vtc.methods.divprune import DivPrune
 from vtc.methods.grid import Grid
+from vtc.methods.idpruner import IDPruner
+from vtc.methods.importance import ClsAttention, FeatureNorm
 from vtc.methods.random import Random
 from vtc.methods.todre import ToDRE
 from vtc.tokens import Layout, Segment, VisualTokens
@@ -31,6 +33,8 @@ METHODS = [
     ToDRE(),
     ToDRE(variant="k_center"),
     ToDRE(pivot="random", seed=3),
+    IDPruner(importance=ClsAttention()),
+    IDPruner(importance=FeatureNorm(), balance=0.2),
     Random(seed=7),
     Grid(),
 ]
@@ -278,7 +282,9 @@ def test_grid_is_distinct_ascending_even_and_centred(n, part):
 # --- base class and registry
 
 
-@pytest.mark.parametrize("name", ["divprune", "todre", "random", "grid"])
+@pytest.mark.parametrize(
+    "name", ["divprune", "todre", "idpruner", "transprune", "globalcom2", "allocate", "chain", "random", "grid"]
+)
 def test_registered_by_name(name):
     assert name in list_methods()
     assert make_method(name, keep=0.5).keep == 0.5

@@ -68,7 +68,7 @@ def test_cls_is_offered_exactly_where_a_tower_has_one(family: str) -> None:
     model = get_model(family)
     has_cls = any(name.endswith(("class_embedding", "cls_token")) for name, _ in model.named_parameters())
     adapter, parts = resolve(model)
-    assert adapter.offers(parts) == (frozenset({"cls"}) if has_cls else frozenset())
+    assert adapter.offers(parts) == (frozenset({"cls", "cls_logits"}) if has_cls else frozenset())
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -94,9 +94,17 @@ def frames(count: int, rows: int, columns: int, newline: bool = False) -> Layout
     return Layout(count * each + newline, tuple(segments))
 
 
-def thumbnail_and_crops(rows: int, columns: int) -> Layout:
-    crops = Segment("crops", 16, rows * (columns + 1), (rows, columns), newline=True)
-    return Layout(16 + crops.length, (Segment("thumbnail", 0, 16, (4, 4)), crops))
+def thumbnail_and_crops(rows: int, columns: int, crops: tuple[int, int], shrunk: bool = False) -> Layout:
+    """Crops are 4 x 4 patches; padding is cut off both sides alike. A shrunk token belongs where its centre is."""
+
+    def owners(tokens: int, parts: int, unpadded: int) -> tuple[int, ...]:
+        margin = (4 * parts - unpadded) // 2
+        return tuple(math.ceil((margin + (i + 0.5) * unpadded / tokens) / 4 - 1e-9) - 1 for i in range(tokens))
+
+    full = (rows, columns) if not shrunk else tuple(4 * n for n in crops)  # no test shrinks what was padded
+    where = [owners(n, parts, u) for n, parts, u in zip((rows, columns), crops, full, strict=True)]
+    mosaic = Segment("crops", 16, rows * (columns + 1), (rows, columns), True, crops, *where)
+    return Layout(16 + mosaic.length, (Segment("thumbnail", 0, 16, (4, 4)), mosaic))
 
 
 def thumbnail_alone() -> Layout:
@@ -109,7 +117,8 @@ def pictures_of(rows_and_columns: list[tuple[int, int]]) -> list[Layout]:
 
 # What the zoo's cameras took for the prompts with one, two and no images; sizes in tokens.
 QWEN = pictures_of([(2, 4), (3, 3), (4, 2)])
-ANY = [thumbnail_and_crops(4, 8), thumbnail_and_crops(2, 8), thumbnail_and_crops(8, 4)]
+WIDE, TALL = (1, 2), (2, 1)  # crops
+ANY = [thumbnail_and_crops(4, 8, WIDE), thumbnail_and_crops(2, 8, WIDE), thumbnail_and_crops(8, 4, TALL)]
 TWO_FRAMES = Layout(34, (Segment("frame", 0, 17), Segment("frame", 17, 17)))  # 16 patches and CLS: no grid
 TILES = Layout(  # InternVL's second picture: two tiles and the thumbnail behind them
     27, (*(Segment("crops", 9 * tile, 9, (3, 3)) for tile in (0, 1)), Segment("thumbnail", 18, 9, (3, 3)))
@@ -121,10 +130,10 @@ EXPECTED: dict[str, list[Layout]] = {
     "vipllava": pictures_of([(4, 4)] * 3),
     "llava_next": ANY,
     "llava_next_video_image": ANY,
-    "llava_next_video": [frames(2, 2, 2), frames(2, 2, 2), thumbnail_and_crops(2, 8)],
+    "llava_next_video": [frames(2, 2, 2), frames(2, 2, 2), thumbnail_and_crops(2, 8, WIDE)],
     # 4 x 8 patches are over the limit of one crop's 16 and shrink by sqrt(2); several images have one crop each
-    "llava_onevision": [thumbnail_and_crops(2, 5), thumbnail_alone(), thumbnail_alone()],
-    "llava_onevision_video": [frames(2, 2, 2, True), frames(2, 2, 2, True), thumbnail_and_crops(2, 8)],
+    "llava_onevision": [thumbnail_and_crops(2, 5, WIDE, shrunk=True), thumbnail_alone(), thumbnail_alone()],
+    "llava_onevision_video": [frames(2, 2, 2, True), frames(2, 2, 2, True), thumbnail_and_crops(2, 8, WIDE)],
     "video_llava": [TWO_FRAMES, TWO_FRAMES, picture(4, 4)],
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -231,8 +240,15 @@ ANYRES_FAMILIES = {"llava_next": None, "llava_next_video_image": None, "llava_on
 def test_any_resolution_layouts_for_many_aspect_ratios(family: str, most: int | None) -> None:
     batch = make_batch(with_pictures(family, ASPECTS, most), (1,) * len(ASPECTS))
     found = layouts_in(get_model(family), batch)
-    expected = [[thumbnail_and_crops(*mosaic(*size, most)[1])] for size in ASPECTS]
-    assert found == expected
+    for size, (layout,) in zip(ASPECTS, found, strict=True):
+        crops, tokens = mosaic(*size, most)
+        shrunk = tokens != mosaic(*size)[1]
+        if shrunk and mosaic(*size)[1] != (4 * crops[0], 4 * crops[1]):
+            (bare,) = thumbnail_and_crops(*tokens, crops, shrunk=True).of_kind("crops")
+            (segment,) = layout.of_kind("crops")
+            assert (segment.grid, segment.crops) == (bare.grid, bare.crops)  # whose tokens these are, nobody can say
+        else:
+            assert layout == thumbnail_and_crops(*tokens, crops, shrunk), size
 
 
 @torch.no_grad()

@@ -485,3 +485,13 @@ def test_crop_budgets_names_what_is_wrong(scores, grid, keep, word):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         ops.crop_budgets(torch.zeros(scores), grid, keep)
     assert word in str(caught.value)
+
+
+def test_turning_a_token_round_is_no_change_in_absolute_terms():
+    a, b = data(1, 2, 9, 8), data(2, 2, 9, 8)
+    signed, absolute = ops.transition_variation(a, b), ops.transition_variation(a, b, absolute=True)
+    assert torch.allclose(ops.transition_variation(a, -b, absolute=True), absolute, atol=1e-7)
+    assert not torch.allclose(ops.transition_variation(a, -b), signed, atol=1e-3)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    expected = b.norm(dim=-1) / a.norm(dim=-1) * (1 - cosine.abs()).exp() / (1 - cosine.abs()).exp().sum(-1, True)
+    assert torch.allclose(absolute, expected, atol=1e-6)

@@ -463,8 +463,8 @@ def swaps_on_patch(parts_of: vtc.Patch) -> None:
 
 REAL_INSTALL = vtc.patching._install
 BREAKAGES = {
-    "an eager pass": ("tap_cls", attends_eagerly),
-    "a second pass": ("tap_cls", attends_again),
+    "an eager pass": ("CLS_TAPS", {"cls": attends_eagerly}),
+    "a second pass": ("CLS_TAPS", {"cls": attends_again}),
     "output_attentions": ("listening", listens_with_attentions),
     "another implementation": ("_install", swaps_on_patch),
 }

@@ -9,10 +9,16 @@ from vtc import ops
 from vtc.compress import compress_inputs, generate
 from vtc.config import CompressionConfig
 from vtc.methods import Method, list_methods, register_method
+from vtc.methods.allocate import Allocate
+from vtc.methods.chain import Chain
 from vtc.methods.divprune import DivPrune
+from vtc.methods.globalcom2 import GlobalCom2
 from vtc.methods.grid import Grid
+from vtc.methods.idpruner import IDPruner
+from vtc.methods.importance import ClsAttention, FeatureNorm, SelectorWeights, TextRelevance
 from vtc.methods.random import Random
 from vtc.methods.todre import ToDRE
+from vtc.methods.transprune import TransPrune
 from vtc.models import Adapter, UnsupportedModelError, list_models, register_model
 from vtc.patching import Patch, patch, unpatch
 
@@ -20,13 +26,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Allocate",
+    "Chain",
+    "ClsAttention",
     "CompressionConfig",
     "DivPrune",
+    "FeatureNorm",
+    "GlobalCom2",
     "Grid",
+    "IDPruner",
     "Method",
     "Patch",
     "Random",
+    "SelectorWeights",
+    "TextRelevance",
     "ToDRE",
+    "TransPrune",
     "UnsupportedModelError",
     "compress_inputs",
     "generate",

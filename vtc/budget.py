@@ -1,4 +1,4 @@
-"""From ``keep`` to integer counts: the one place where rounding happens.
+"""From ``keep`` to integer counts: the one place where rounding happens, and where a budget is shared out.
 
 ``keep`` is a float in (0, 1], the fraction kept, or an int >= 1, the tokens kept per image. The float 1.0 is
 everything; the int 1 is one token.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from collections.abc import Sequence
 
 Keep = float | int
 
@@ -45,3 +46,28 @@ def count(keep: Keep, n: int) -> int:
             warnings.warn(f"keep={keep} is more than the {n} visual tokens of an image: all are kept", stacklevel=2)
         return min(keep, n)
     return min(n, max(1, round(keep * n)))
+
+
+def share(keep: Keep, n: int) -> float:
+    """``keep`` as a fraction of ``n`` tokens, in (0, 1]."""
+    return keep if isinstance(keep, float) else min(1.0, keep / max(n, 1))
+
+
+def truncated(share: float, n: int) -> int:
+    """``int(share * n)``, as GlobalCom² and TransPrune count; a product that is whole but for round-off stays so."""
+    return min(n, int(share * n + 1e-9))
+
+
+def apportioned(total: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Divide ``total`` in proportion to ``sizes``, none above its size; the largest remainders get what is left over.
+
+    Ties go to the first.
+    """
+    whole = sum(sizes)
+    if not 0 <= total <= whole:
+        raise ValueError(f"total={total} cannot be taken from {whole}")
+    if not whole:
+        return (0,) * len(sizes)
+    counts = [total * n // whole for n in sizes]
+    left = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))[: total - sum(counts)]
+    return tuple(k + (i in left) for i, k in enumerate(counts))

@@ -1,6 +1,7 @@
 """CompressionConfig: what :func:`vtc.patch` needs to know, as data: typed, versioned, kept beside a model as JSON.
 
-Reading is from an allow-list: a registered method, the fields of its dataclass, plain JSON values and further methods.
+Reading is from an allow-list: a registered method, the fields of its dataclass, plain JSON values, further methods and
+registered importances.
 Nothing is imported, evaluated or unpickled on the file's word.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from vtc.methods.base import Method, list_methods, method_class
+from vtc.methods.importance import Importance, importance_class
 
 Positions = Literal["original", "compact"]
 
@@ -155,6 +157,11 @@ def _build(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def _encode(value: Any, name: str) -> Any:
+    if isinstance(value, Importance):
+        if importance_class(value.name) is not type(value):
+            raise ValueError(f"{type(value).__name__} is not registered; decorate it with @register_importance")
+        fields = {f.name: _encode(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
+        return {"importance": value.name, "options": fields}
     if isinstance(value, Method):
         _check_registered(value)
         return {"method": value.name, "options": {n: _encode(v, n) for n, v in _options_of(value).items()}}
@@ -166,6 +173,14 @@ def _encode(value: Any, name: str) -> Any:
 
 
 def _decode(value: Any) -> Any:
+    if isinstance(value, Mapping) and "importance" in value:
+        _refuse_unknown("a nested importance", "field", value, ["importance", "options"])
+        name, options = value["importance"], value.get("options", {})
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise ValueError(f"{dict(value)!r} does not describe an importance")
+        kind = importance_class(name)
+        _refuse_unknown(f"importance {name!r}", "option", options, [f.name for f in dataclasses.fields(kind)])
+        return kind(**{n: _decode(v) for n, v in options.items()})
     if isinstance(value, Mapping):
         _refuse_unknown("a nested method", "field", value, ["method", "options"])
         name, options = value.get("method"), value.get("options", {})

@@ -17,7 +17,7 @@ from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
 from vtc.engine.layers import unfit_for
-from vtc.engine.taps import tap_cls
+from vtc.engine.taps import CLS_TAPS
 from vtc.methods import Method, make_method
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import MODALITIES
@@ -289,9 +289,9 @@ def _install(handle: Patch) -> None:
         if hasattr(parts.base, name):
             wrapped = listening(adapter, parts.base, modality, handle.method.needs, getattr(parts.base, name))
             _set(undo, parts.base, name, wrapped)
-    if "cls" in handle.method.needs:
+    for signal in CLS_TAPS.keys() & handle.method.needs:
         towers = {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}
-        undo.extend(tower.register_forward_pre_hook(tap_cls, with_kwargs=True).remove for tower in towers)
+        undo.extend(tower.register_forward_pre_hook(CLS_TAPS[signal], with_kwargs=True).remove for tower in towers)
     _wrap(undo, parts.root, "prepare_inputs_for_generation", lambda f: preparing(f, handle.config.positions))
     placeholders = frozenset(parts.placeholders.values())
     _wrap(undo, parts.root, "_prefill", lambda f: prefilling(f, placeholders, handle.later_turn))

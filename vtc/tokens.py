@@ -7,7 +7,8 @@ crops, of a video frame, or a newline the model inserted at the end of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,6 +29,10 @@ class Segment:
         length: number of tokens, newlines included.
         grid: (rows, columns) of the patches, newlines not counted; ``None`` where the model does not tell.
         newline: every row is followed by one newline token, which is then counted in ``length``.
+        crops: of ``crops``, the (rows, columns) of the mosaic of crops, where the model tells.
+        crop_rows: of ``crops``, the row of the mosaic that each row of ``grid`` belongs to, ascending; where padding
+            was cut off, some rows of the mosaic may have lost theirs.
+        crop_columns: the same for columns.
     """
 
     kind: Kind
@@ -35,6 +40,16 @@ class Segment:
     length: int
     grid: tuple[int, int] | None = None
     newline: bool = False
+    crops: tuple[int, int] | None = None
+    crop_rows: tuple[int, ...] = ()
+    crop_columns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.crops is not None and (len(self.crop_rows), len(self.crop_columns)) != self.grid:
+            raise ValueError(
+                f"crop_rows and crop_columns name {len(self.crop_rows)} rows and {len(self.crop_columns)} columns "
+                f"of a grid of {self.grid}"
+            )
 
     @property
     def stop(self) -> int:
@@ -87,9 +102,68 @@ class Layout:
                 at += length
         return Layout(at, tuple(segments))
 
+    def parts(self) -> tuple[Part, ...]:
+        """The thumbnail, each crop with tokens, each frame, or else the whole; newline tokens belong to no part.
+
+        In the order of their first tokens.
+        """
+        return _parts(self)
+
     def of_kind(self, kind: Kind) -> tuple[Segment, ...]:
         """The segments of this kind, in order."""
         return tuple(segment for segment in self.segments if segment.kind == kind)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tokens of one image that have a budget of their own.
+
+    Attributes:
+        kind: of the segment they come from.
+        tokens: their indices among the image's tokens, ascending.
+        layout: their structure.
+        cell: of a crop, its number in the raster order of the mosaic; of a frame, its number.
+        mosaic: of a crop, the (rows, columns) of crops.
+    """
+
+    kind: Kind
+    tokens: tuple[int, ...]
+    layout: Layout
+    cell: int = 0
+    mosaic: tuple[int, int] | None = None
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(layout: Layout) -> tuple[Part, ...]:
+    found: list[Part] = []
+    frames = 0
+    for segment in layout.segments:
+        if segment.kind == "newline":
+            continue
+        newlines = set(segment.newlines())
+        own = [i for i in range(segment.start, segment.stop) if i not in newlines]
+        if segment.kind == "crops" and segment.crops is not None:
+            found += _crops(segment, own)
+            continue
+        whole = Layout(len(own), (Segment(segment.kind, 0, len(own), segment.grid),))
+        found.append(Part(segment.kind, tuple(own), whole, frames if segment.kind == "frame" else 0))
+        frames += segment.kind == "frame"
+    return tuple(found)
+
+
+def _crops(segment: Segment, own: list[int]) -> list[Part]:
+    assert segment.crops is not None
+    columns = len(segment.crop_columns)
+    crops = []
+    for cell in range(segment.crops[0] * segment.crops[1]):
+        row, column = divmod(cell, segment.crops[1])
+        rows = [i for i, r in enumerate(segment.crop_rows) if r == row]
+        cols = [j for j, c in enumerate(segment.crop_columns) if c == column]
+        if rows and cols:
+            tokens = tuple(own[i * columns + j] for i in rows for j in cols)
+            whole = Layout(len(tokens), (Segment("crops", 0, len(tokens), (len(rows), len(cols))),))
+            crops.append(Part("crops", tokens, whole, cell, segment.crops))
+    return crops
 
 
 @dataclass(frozen=True)
@@ -104,7 +178,7 @@ class VisualTokens:
         ordinals: index of each image inside its sample. A method that draws random numbers seeds them with it, and
             with nothing that depends on the rest of the batch.
         signals: extra scores by name, each float32 [G, N] (padding 0); ``cls`` is the head-averaged attention of the
-            vision tower's CLS token to the patches behind each token.
+            vision tower's CLS token to the patches behind each token, and ``cls_logits`` the same before the softmax.
     """
 
     features: Tensor
@@ -133,6 +207,30 @@ class VisualTokens:
             if newlines := layout.newlines():
                 rows[g, newlines] = False
         return rows.to(self.features.device, non_blocking=True)
+
+    def split(self, parts: Sequence[Sequence[Part]]) -> tuple[VisualTokens, Tensor]:
+        """Parts of the images, each as an image of its own.
+
+        Args:
+            parts: of each image.
+
+        Returns:
+            The R parts, and LongTensor [R, M]: where each token stands in ``features`` flattened to [G * N, d] (G * N
+            for padding). A part's ordinal is different from that of every other part and image of the sample.
+        """
+        n = self.features.shape[1]
+        every = [(g, part) for g, own in enumerate(parts) for part in own]
+        place = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(part.tokens, dtype=torch.long) + g * n for g, part in every],
+            batch_first=True,
+            padding_value=len(self.layouts) * n,
+        ).to(self.features.device, non_blocking=True)
+        inside = place.clamp(max=len(self.layouts) * n - 1)
+        ordinals = tuple(self.ordinals[g] + (at << 20) for g, own in enumerate(parts) for at in range(len(own)))
+        tokens = VisualTokens(self.features.flatten(0, 1)[inside], tuple(part.layout for _, part in every), ordinals)
+        mask = tokens.mask
+        signals = {name: s.flatten()[inside].masked_fill(~mask, 0.0) for name, s in self.signals.items()}
+        return replace(tokens, signals=signals), place
 
     def without_newlines(self) -> tuple[VisualTokens, Tensor]:
         """The same images with their newline tokens taken out.

@@ -37,6 +37,28 @@ class Stage:
     signals: frozenset[str] = frozenset()
     attention: int | None = None
     transitions: tuple[int, ...] = ()
+    removes_all: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a method may know of a model before anything of it is touched.
+
+    Attributes:
+        model_type: of the model's config, for messages.
+        width: of the embeddings that enter the language model.
+        depth: decoder layers of the language model.
+        signals: names that ``VisualTokens.signals`` can have on this model.
+        has_thumbnail: its large images are a thumbnail and crops whose places in the image are known.
+        has_text_tower: it can embed a text and an image in one space, as CLIP does.
+    """
+
+    model_type: str
+    width: int
+    depth: int
+    signals: frozenset[str] = frozenset()
+    has_thumbnail: bool = False
+    has_text_tower: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +76,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     query_aware: ClassVar[bool] = False
-    """True when the question decides what stays; such a keep-set does not fit the next question."""
+    """True when the question decides what stays; such a keep-set does not fit the next question. A class where that
+    depends on the options makes it a property."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))  # a NumPy number becomes a plain one
@@ -73,8 +96,27 @@ class Method(ABC):
             n for n, m in sorted(_REGISTRY.items()) if not m().needs
         )
 
+    @property
+    def enters(self) -> bool:
+        """Whether tokens leave before the language model; False for methods that only work inside it."""
+        return not (isinstance(self.keep, float) and self.keep == 1.0)
+
+    def settle(self, facts: ModelFacts) -> Method:
+        """The method with what it left open decided for one model; called once, before :meth:`check`."""
+        return self
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuse a model that the method cannot work on; called before anything is touched.
+
+        That :attr:`needs` are met is checked by the caller, afterwards.
+
+        Raises:
+            ValueError: with the offending value and what would work.
+        """
+        self.stages(facts.depth)
+
     def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
-        """Tokens kept of each image; a later allocator may move the shares between images."""
+        """Tokens kept of each image."""
         return tuple(count(self.keep, n) for n in tokens.lengths)
 
     def stages(self, depth: int) -> tuple[Stage, ...]:
@@ -120,8 +162,15 @@ class Method(ABC):
             entries of row g, which alone are read. Equal for an image alone and beside any others.
         """
 
+    def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
+        """Budget, then selection. Arguments and result as :meth:`keep_mask`, but newlines are tokens like any other."""
+        budget = self.budget(tokens)
+        if budget == tokens.lengths:
+            return tokens.mask, budget
+        return selection(self, tokens, budget), budget
+
     def keep_mask(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Which tokens stay: the one call the engine makes. Never waits for the device if :meth:`budget` does not.
+        """Which tokens stay: the one call the engine makes. Never waits for the device if :meth:`choose` does not.
 
         Returns:
             Bool [G, N], True for the tokens that stay (False for padding), and how many that is for each image.
@@ -129,31 +178,48 @@ class Method(ABC):
         Raises:
             ValueError: :meth:`select` returned another shape than promised.
         """
-        candidates, index = tokens.without_newlines() if self.newlines == "keep" else (tokens, None)
-        budget = self.budget(candidates)
-        device = tokens.features.device
-        if budget == candidates.lengths:
-            return tokens.mask, tokens.lengths
-        picks = self.select(candidates, budget)
-        if picks.ndim != 2 or picks.shape[0] != len(budget) or picks.shape[1] < max(budget):
-            raise ValueError(
-                f"{type(self).__name__}.select returned picks of shape {tuple(picks.shape)}, "
-                f"not ({len(budget)}, {max(budget)})"
-            )
-        picks = picks[:, : max(budget)]
-        if index is not None:
-            picks = index.gather(1, picks)
-        counts = torch.tensor(budget).to(device, non_blocking=True)
-        unread = torch.arange(picks.shape[1], device=device) >= counts[:, None]
-        n = tokens.features.shape[1]
-        mask = torch.zeros(len(budget), n + 1, dtype=torch.bool, device=device)  # the last column takes the unread
-        mask = mask.scatter(1, picks.masked_fill(unread, n), True)[:, :n]
-        if index is None:
-            return mask, budget
+        if self.newlines == "candidates":
+            return self.choose(tokens)
+        bare, index = tokens.without_newlines()
+        chosen, counts = self.choose(bare)
         newlines = tokens.mask & ~tokens.where("image", "thumbnail", "crops", "frame")
-        return mask | newlines, tuple(
-            b + n - m for b, n, m in zip(budget, tokens.lengths, candidates.lengths, strict=True)
+        mask = newlines | marked(index.masked_fill(~chosen, -1), tokens.features.shape[1])
+        lost = [n - m for n, m in zip(tokens.lengths, bare.lengths, strict=True)]
+        return mask, tuple(k + n for k, n in zip(counts, lost, strict=True))
+
+
+def selection(method: Method, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
+    """Bool [G, N]: what a method's :meth:`Method.select` picks.
+
+    Raises:
+        ValueError: it returned another shape than promised.
+    """
+    picks = method.select(tokens, budget)
+    if picks.ndim != 2 or picks.shape[0] != len(budget) or picks.shape[1] < max(budget):
+        raise ValueError(
+            f"{type(method).__name__}.select returned picks of shape {tuple(picks.shape)}, "
+            f"not ({len(budget)}, {max(budget)})"
         )
+    return first_of(picks, budget, tokens.features.shape[1])
+
+
+def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:
+    """Bool [G, n], True at the first ``budget[g]`` entries of row g of LongTensor ``picks`` [G, K]."""
+    picks = picks[:, : max(budget)]
+    counts = torch.tensor(budget).to(picks.device, non_blocking=True)
+    unread = torch.arange(picks.shape[1], device=picks.device) >= counts[:, None]
+    return marked(picks.masked_fill(unread, -1), n)
+
+
+def marked(index: Tensor, n: int) -> Tensor:
+    """Bool [G, n], True at the entries of LongTensor ``index`` [G, K]; -1 stands for none."""
+    mask = torch.zeros(index.shape[0], n + 1, dtype=torch.bool, device=index.device)  # the last column takes the -1
+    return mask.scatter(1, index.masked_fill(index < 0, n), True)[:, :n]
+
+
+def highest(scores: Tensor, k: int) -> Tensor:
+    """LongTensor [G, k]: the k highest of each row of ``scores`` [G, N], in descending order, ties by lowest index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def image_seed(seed: int, ordinal: int, length: int) -> int:

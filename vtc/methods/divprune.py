@@ -28,6 +28,15 @@ class DivPrune(Method):
     image of the first prompt only. vtc computes exactly (see ``vtc.ops.greedy``), never picks twice, and prunes every
     image by itself. The code re-numbers positions: ``positions="compact"``. Newlines compete like any token, as there
     (being duplicates, about one survives); ``newlines="keep"`` spares them.
+
+    Defaults: the same for every family, no signal is needed. Published: ``keep=0.098`` for images (56 of LLaVA-1.5's
+    576 tokens), 0.1 for video.
+
+    Headline: LLaVA-1.5-7B at 15.6 % of the FLOPs has GQA 56.85 (unpruned 61.96), POPE 86.02 (85.84), MMBench 59.19
+    (64.09), ScienceQA 68.27 (69.41). To repeat it:
+
+    python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,pope,mmbench_en_dev,mme,scienceqa_img
+    --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,vtc_method=divprune,vtc_keep=0.098
     """
 
     name: ClassVar[str] = "divprune"

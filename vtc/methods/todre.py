@@ -1,4 +1,4 @@
-"""ToDRE: token diversity and task relevance (arXiv 2505.18757; v1 May 2025, v2 later). Stage 1, before the LLM."""
+"""ToDRE: token diversity before the LLM, task relevance inside it (arXiv 2505.18757; v1 May 2025, v2 later)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, image_seed, register_method
-from vtc.tokens import VisualTokens
+from vtc.methods.base import Method, Stage, image_seed, register_method
+from vtc.tokens import InsideTokens, VisualTokens
 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class ToDRE(Method):
-    """Keep a diverse set grown from the token the vision tower looks at most (stage 1).
+    """Keep a diverse set grown from the token the vision tower looks at most; drop it when text stops looking at it.
+
+    Stage 1, before the language model:
 
     1. Pivot: the token with the most CLS attention in the tower's last layer, among the thumbnail's where the image
        has one (any-resolution models), else among all.
@@ -25,21 +27,46 @@ class ToDRE(Method):
        one farthest from its nearest pick (``k_center``, as v1 is titled).
     3. The picks stay in their old order.
 
+    Stage 2, with ``stage2=True``, after layer 7L/8 of L (28 of 32; 24 of 28, rounded down), for each sample:
+
+    4. From that layer's head-averaged attention, the share of the text rows' attention that goes to visual tokens and
+       the share of the visual rows' attention that goes to text. Both below ``tau``: all visual tokens leave.
+
+    Defaults: every family with a CLS token in its tower (LLaVA, InternVL) takes its pivot from it; for the others
+    (Qwen-VL, SigLIP towers) the paper takes a random one: ``pivot="random"``. ``keep=0.25`` and ``0.1`` are published.
+    The complete method is ``vtc.ToDRE(stage2=True)``. Stage 1 is the default, because it works on every family, with
+    every cache and for later questions, and stage 2 adds little to it (see below).
+
     There is no released code. Open in the paper and decided here: rounding (that of DivPrune), order (raster),
-    newlines (candidates, though never the pivot), positions (the original ones). v1's k-center is our reading of its
-    abstract. Max-sum does not avoid duplicates by itself: only a picked token is barred, not its copies. The paper's
-    ablation finds little between pivots and takes a random one for towers without CLS; of its "centre" and
-    "farthest" pivots it gives no definition, so they are not offered. Stage 2 (task relevance) is not part of this.
+    newlines (candidates, though never the pivot; they leave with the others in stage 2), positions (the original
+    ones). v1's k-center is our reading of its abstract. Max-sum does not avoid duplicates by itself: only a picked
+    token is barred, not its copies. The paper's ablation finds little between pivots; of its "centre" and "farthest"
+    pivots it gives no definition, so they are not offered. Where text stands behind the image, as in every prompt
+    with the question last, no visual row sees text and its share is 0: the other one decides alone. Stage 2 depends
+    on the question, so that a second turn on the same cache may miss the image in the last layers. Whether it drops
+    is known only on the device: it costs one wait for it in every prefill; stage 1 costs none.
+
+    Headline (v2): LLaVA-NeXT-7B keeps 98.2 % of its accuracy at 25 % of the tokens and 95.0 % at 10 %, over 8
+    benchmarks. Stage 2 adds little: at 10 % a run of 31:18 becomes 29:43. To repeat it:
+
+    python -m lmms_eval eval --model vtc --batch_size 1 --tasks mme,scienceqa_img,gqa,pope,mmbench_en_dev,vizwiz_vqa_val
+    --model_args base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,vtc_method=todre,vtc_keep=0.1
 
     Attributes:
         variant: ``max_sum`` or ``k_center``.
         pivot: ``cls`` (needs the signal of that name) or ``random``.
         seed: of the random pivot; the draw depends on it, the image's ordinal and its length alone.
+        stage2: also do stage 2.
+        layer: how many layers run before stage 2; ``None`` for 7L/8.
+        tau: stage 2 drops below it, in (0, 1]. The paper tries 0.03 to 0.15.
     """
 
     variant: Literal["max_sum", "k_center"] = "max_sum"
     pivot: Literal["cls", "random"] = "cls"
     seed: int = 0
+    stage2: bool = False
+    layer: int | None = None
+    tau: float = 0.10
 
     name: ClassVar[str] = "todre"
 
@@ -49,6 +76,15 @@ class ToDRE(Method):
             raise ValueError(f"variant={self.variant!r} is neither 'max_sum' nor 'k_center'")
         if self.pivot not in ("cls", "random"):
             raise ValueError(f"pivot={self.pivot!r} is neither 'cls' nor 'random'")
+        if self.layer is not None and self.layer < 1:
+            raise ValueError(f"layer={self.layer!r} must be at least 1: it counts the layers that run before stage 2")
+        if not 0.0 < self.tau <= 1.0:
+            raise ValueError(f"tau={self.tau!r} is a share of attention and must lie in (0, 1]")
+
+    @property
+    def query_aware(self) -> bool:  # type: ignore[override]
+        """Stage 2 asks what the question looks at."""
+        return self.stage2
 
     @property
     def needs(self) -> frozenset[str]:
@@ -65,6 +101,26 @@ class ToDRE(Method):
         start = self._cls_pivot(tokens) if self.pivot == "cls" else self._random_pivot(tokens)
         pick = ops.max_sum if self.variant == "max_sum" else ops.farthest_first
         return pick(tokens.features, max(budget), start, mask=tokens.mask)
+
+    def stages(self, depth: int) -> tuple[Stage, ...]:
+        """Stage 2, judged by the attention of the last layer before it."""
+        if not self.stage2:
+            return ()
+        after = 7 * depth // 8 if self.layer is None else self.layer
+        if not 1 <= after < depth:
+            what = f"7/8 of {depth} layers is layer {after}" if self.layer is None else f"layer={self.layer!r}"
+            raise ValueError(
+                f"{what}: stage 2 of todre needs a layer in [1, {depth - 1}] of this model's {depth}; "
+                "leave stage2 out to do without"
+            )
+        return (Stage(after, frozenset({"text_to_visual", "visual_to_text"}), attention=after - 1),)
+
+    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
+        """Step 4. Waits for the device: how many tokens are left is the decision itself."""
+        shares = tokens.signals["text_to_visual"], tokens.signals["visual_to_text"]
+        stays = ~((shares[0] < self.tau) & (shares[1] < self.tau))  # no share is a number: no reason to drop
+        counts = tuple(n if s else 0 for n, s in zip(tokens.counts, stays.tolist(), strict=True))
+        return tokens.alive & stays[:, None], counts
 
     def _cls_pivot(self, tokens: VisualTokens) -> Tensor:
         allowed = tokens.where("image", "thumbnail", "crops", "frame")

@@ -20,6 +20,8 @@ from vtc.methods.base import ModelFacts
 from vtc.tokens import Layout
 
 MODALITIES = ("image", "video")
+CLS_SIGNALS = ("cls", "cls_logits")
+"""Attention of the vision tower's CLS token to the patches, averaged over heads, after and before the softmax."""
 
 
 class UnsupportedModelError(ValueError):
@@ -94,6 +96,10 @@ class Adapter:
     notes: ClassVar[str] = ""
     signals: ClassVar[tuple[str, ...]] = ()
     """Signals this family can offer; :meth:`offers` says which of them a given model does."""
+    has_thumbnail: ClassVar[bool] = False
+    """A large image is a thumbnail and crops, and :meth:`layouts` says where in the image each crop is."""
+    has_text_tower: ClassVar[bool] = False
+    """The family embeds texts and images in one space, and offers the signal ``text_relevance``."""
 
     def placeholders(self, config: Any) -> dict[str, int]:
         """The token id, by modality, that features are written into."""
@@ -119,7 +125,9 @@ class Adapter:
 
     def offers(self, parts: Parts) -> frozenset[str]:
         """Signals that this very model can give, e.g. ``cls`` only where the vision tower has a CLS token."""
-        return frozenset(name for name in self.signals if name != "cls" or self.cls_attention(parts.base, "image"))
+        return frozenset(
+            name for name in self.signals if name not in CLS_SIGNALS or self.cls_attention(parts.base, "image")
+        )
 
     def facts(self, parts: Parts) -> ModelFacts:
         """What a method may know of the model when it decides whether it can work."""
@@ -129,10 +137,8 @@ class Adapter:
             depth=len(parts.layers),
             signals=self.offers(parts),
             has_thumbnail=self.has_thumbnail,
+            has_text_tower=self.has_text_tower,
         )
-
-    has_thumbnail: ClassVar[bool] = False
-    """Large images are a thumbnail and crops whose places in the image are known."""
 
     def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
         """The vision tower's self-attention module whose CLS row scores the patches, or ``None``."""

@@ -18,7 +18,7 @@ class InternVL(Adapter):
     """Square tiles, pixel-shuffled."""
 
     families = {"internvl": ("image",)}
-    signals = ("cls",)
+    signals = ("cls", "cls_logits")
     notes = "tiles of a split image make one image; cls is averaged over the 2x2 patches behind a token"
 
     def merge(self, tiles: Sequence[Layout]) -> Layout:

@@ -19,7 +19,7 @@ class Llava(Adapter):
     """One picture, one grid. With a Pixtral tower the grid follows the picture's own shape."""
 
     families = {"llava": ("image",), "vipllava": ("image",)}
-    signals = ("cls",)
+    signals = ("cls", "cls_logits")
     notes = "cls with a CLIP tower only"
 
     def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
@@ -42,7 +42,8 @@ class Llava(Adapter):
 class _AnyRes(Adapter):
     """Thumbnail first, then the mosaic of crops in raster order, unpadded, a newline after each row."""
 
-    signals = ("cls",)
+    signals = ("cls", "cls_logits")
+    has_thumbnail = True
     video_newline = False
 
     def _pictures(self, base: nn.Module, arguments: Mapping[str, Any]) -> list[int]:
@@ -59,15 +60,24 @@ class _AnyRes(Adapter):
         ]
 
     def _pack(self, base: nn.Module, scores: list[Tensor], arguments: Mapping[str, Any]) -> list[Tensor]:
-        """Send per-patch scores [pictures, patches, 1] the way the features go; newlines become 0."""
+        """Send per-patch scores [pictures, patches, C] the way the features go, to [n, C]; newlines become 0."""
         names = ("vision_feature_select_strategy", "vision_aspect_ratio")
         defaults = {"vision_aspect_ratio": getattr(base.config, "vision_aspect_ratio", None)}
         accepted = base.pack_image_features.__code__.co_varnames
         options = {n: arguments.get(n) or defaults.get(n) for n in names if n in accepted}
         packed, _ = base.pack_image_features(
-            scores, arguments["image_sizes"], image_newline=scores[0].new_zeros(1), **options
+            scores, arguments["image_sizes"], image_newline=scores[0].new_zeros(scores[0].shape[-1]), **options
         )
-        return [item[:, 0] for item in packed]
+        return packed
+
+    def _mosaics(self, base: nn.Module, counts: list[int], arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """(rows, columns) of each image's crops; of an image that was not cut, nothing of meaning."""
+        module = sys.modules[type(base).__module__]
+        pinpoints, picture = base.config.image_grid_pinpoints, base.config.vision_config.image_size
+        return [
+            tuple(module.get_anyres_image_grid_shape(size, pinpoints, picture)) if count > 1 else (1, 1)
+            for size, count in zip(arguments["image_sizes"], counts, strict=True)
+        ]
 
     def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         if not arguments:
@@ -77,12 +87,14 @@ class _AnyRes(Adapter):
         vision = base.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2 + clip.keeps_cls(base, arguments) * _has_cls(base)
         pictures = self._pictures(base, arguments)
-        traced = self._pack(base, [torch.ones(count, patches, 1) for count in pictures], arguments)
-        return [self._image(trace, patches, n) for trace, n in zip(traced, lengths, strict=True)]
+        mosaics = self._mosaics(base, pictures, arguments)
+        traces = [_trace(count, patches, mosaic) for count, mosaic in zip(pictures, mosaics, strict=True)]
+        traced = self._pack(base, traces, arguments)
+        return [self._image(t, patches, m, n) for t, m, n in zip(traced, mosaics, lengths, strict=True)]
 
-    def _image(self, trace: Tensor, patches: int, n: int) -> Layout:
-        """From a trace that is 0 at newlines and 1 at patches."""
-        newlines = (trace == 0).nonzero()[:, 0].tolist()
+    def _image(self, trace: Tensor, patches: int, mosaic: tuple[int, int], n: int) -> Layout:
+        """From a trace of :func:`_trace` that went the way of the features."""
+        newlines = (trace[:, 0] == 0).nonzero()[:, 0].tolist()
         if len(trace) != n or not newlines:
             return Layout.plain(n)
         thumbnail = Segment("thumbnail", 0, patches, square(patches))
@@ -91,7 +103,11 @@ class _AnyRes(Adapter):
             return Layout(n, (whole, Segment("newline", patches, 1)))
         columns = newlines[0] - patches
         grid = (len(newlines), columns)
-        return Layout(n, (thumbnail, Segment("crops", patches, n - patches, grid, newline=True)))
+        # the crop of each token; one that was interpolated halfway between two counts as the first's
+        places = (trace[patches:, 1:].reshape(len(newlines), columns + 1, 2) - 1e-3).round().int()
+        rows, across = places[:, 0, 0].tolist(), places[0, :-1, 1].tolist()
+        crops = Segment("crops", patches, n - patches, grid, True, mosaic, tuple(rows), tuple(across))
+        return Layout(n, (thumbnail, crops))
 
     def _video(self, n: int, arguments: Mapping[str, Any]) -> Layout:
         """Equal frames, and in LLaVA-OneVision one newline at the end, which older releases add after encoding."""
@@ -114,7 +130,16 @@ class _AnyRes(Adapter):
         if clip.keeps_cls(base, arguments):
             rows = nn.functional.pad(rows, (1, 0))
         pictures = list(rows[..., None].split(self._pictures(base, arguments)))
-        return self._pack(base, pictures, arguments)
+        return [scores[:, 0] for scores in self._pack(base, pictures, arguments)]
+
+
+def _trace(pictures: int, patches: int, mosaic: tuple[int, int]) -> Tensor:
+    """What to send along to see where patches go: [pictures, patches, 3], 1 and the row and column of the crop."""
+    crops = torch.tensor([divmod(crop, mosaic[1]) for crop in range(pictures - 1)]).reshape(-1, 2)
+    trace = torch.ones(pictures, patches, 3)
+    trace[0, :, 1:] = 0
+    trace[1:, :, 1:] = crops[:, None]
+    return trace
 
 
 def _frames(arguments: Mapping[str, Any]) -> int:
@@ -170,7 +195,7 @@ class VideoLlava(Adapter):
     """Every frame keeps its CLS feature as a token; frames come from the encoder as entries of their own."""
 
     families = {"video_llava": ("image", "video")}
-    signals = ("cls",)
+    signals = ("cls", "cls_logits")
     notes = "the CLS feature of every video frame is a visual token and scores 0"
 
     def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:

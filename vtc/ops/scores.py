@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 
-def transition_variation(before: Tensor, after: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def transition_variation(
+    before: Tensor, after: Tensor, *, mask: Tensor | None = None, absolute: bool = False
+) -> Tensor:
     """How much a module turns and stretches each token: TransPrune's module TTV (arXiv 2507.20630, section 3.2).
 
     ``|b| / |a|`` times the softmax over the sample's tokens of ``1 - cos(a, b)``. The released code normalises over
     the whole batch; here each sample has its own sum, so that a batch does not change it. The paper's ``1 - |cos|``
-    is not what the code computes.
+    is not what the code computes; ``absolute=True`` does.
 
     Args:
         before: a, float [B, L, d]: the module's input after its norm.
         after: b, float [B, L, d]: the module's output before the residual addition.
         mask: bool [B, L], False for padding: weight 0, and left out of the softmax.
+        absolute: take ``|cos|``: turning a token round is then no change.
 
     Returns:
         Float32 [B, L]. A row of zeros or with entries that are not finite has cosine 0, and weight 0 if it is
@@ -38,7 +41,7 @@ def transition_variation(before: Tensor, after: Tensor, *, mask: Tensor | None =
     norm_a, norm_b = (x.masked_fill(~sound, 0.0) for x in (norm_a, norm_b))
     tiny = torch.finfo(torch.float32).tiny
     cosine = (a / norm_a.clamp_min(tiny)[..., None] * (b / norm_b.clamp_min(tiny)[..., None])).sum(-1)
-    turn = 1.0 - cosine
+    turn = 1.0 - (cosine.abs() if absolute else cosine)
     weight = torch.exp(turn) if mask is None else torch.exp(turn) * mask
     share = weight / weight.sum(-1, keepdim=True).clamp_min(tiny)
     return torch.where(norm_a > 0, norm_b / norm_a.clamp_min(tiny), 0.0) * share
@@ -121,6 +124,11 @@ def crop_budgets(scores: Tensor, grid: tuple[int, int], keep: float, tau: float 
         return (owner == torch.arange(parts, device=scores.device)[:, None]).double()
 
     claim = (member(rows) @ scores.detach().double().reshape(n, n) @ member(columns).mT).reshape(-1)
-    weight = torch.exp((claim - claim.amax()) / tau)
+    return claimed_shares(claim, keep, tau)
+
+
+def claimed_shares(claims: Tensor, keep: float, tau: float) -> Tensor:
+    """The second half of :func:`crop_budgets`: claims float64 [C] to shares [C]."""
+    weight = torch.exp((claims - claims.amax()) / tau)
     sigma = weight / (weight.sum() + 1e-8)
     return (keep * (1.0 + sigma - sigma.mean())).clamp_max(1.0)
