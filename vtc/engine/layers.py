@@ -227,7 +227,10 @@ class LayerStages:
         wanted = self.row_layers[index]
         cache, given = call.kwargs.get("past_key_values"), call.kwargs.get("attention_mask")
         past, head = self._stored(index, frame, cache)
-        prepared = given if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4 else None
+        prepared = None
+        if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
+            start = self._start(index, inside, cache, past)
+            prepared = given[..., start : start + inside.index.shape[1]]
         attend = functools.partial(
             taps.attention_rows,
             layer,
@@ -255,6 +258,12 @@ class LayerStages:
                 share = (weights * text[:, None]).sum(2)
                 signals["visual_to_text"] = inside.per_image((share * rows).sum(1) / rows.sum(1).clamp(min=1))
         return {name: signals[name] for name in wanted}
+
+    def _start(self, index: int, inside: Inside, cache: Any, past: int) -> int:
+        """Where this call's own keys begin in the mask that a layer gets now."""
+        if not inside.stages_done:
+            return inside.starts.get(layer_type(self.parts.decoder.config, index), 0)
+        return 0 if cache is None else past - cache.get_mask_sizes(inside.index.shape[1], index)[1]
 
     # -- after the prefill ----------------------------------------------------------------------------------------
 

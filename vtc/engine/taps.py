@@ -89,7 +89,7 @@ def attention_rows(
         longest: the most rows any sample wants (host integer).
         keys: [B, Hkv, P, dh], keys stored before, after RoPE, or ``None``.
         valid: bool [B, P + M], keys that are no padding.
-        prepared: a 4-D mask to obey instead of causality (prefix-LM families).
+        prepared: 4-D mask over the M columns to obey instead of causality (prefix-LM families).
         window: how many keys back the layer looks, ``None`` for all.
 
     Returns:
@@ -115,7 +115,7 @@ def attention_rows(
     if prepared is not None:
         own = prepared.expand(len(x), -1, -1, -1)[:, 0].gather(1, index[..., None].expand(-1, -1, prepared.shape[-1]))
         own = own if own.dtype == torch.bool else own == 0
-        allowed = valid[:, None] & torch.nn.functional.pad(own, (key.shape[2] - own.shape[-1], 0), value=True)
+        allowed = valid[:, None] & torch.nn.functional.pad(own, (past, 0), value=True)
     weights = [
         _softmax_rows(attention, q, key, a)[..., past:]
         for q, a in zip(query.split(_BLOCK, dim=2), allowed.split(_BLOCK, dim=1), strict=True)
