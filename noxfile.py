@@ -13,7 +13,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALL
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, as a linter and as a formatter."""
-    session.install("ruff>=0.12")
+    session.install("ruff==0.17.*")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +23,23 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class View:
-    """One image as the model got it, and what stayed of it. One picture may be several: a processor cuts tiles.
+    """One image as the model got it, and what stayed of it. One picture may become several images: tiles.
 
     Attributes:
         keep: kept indices among its tokens, ascending.
         layout: the structure of its tokens.
-        picture: the processor's pixels, back in colour; ``None`` where they do not tell (flattened patches, crops).
+        pictures: the processor's pixels of each segment, back in colour; empty where they do not tell (flattened
+            patches, padded crops), and the picture as a whole has to do.
     """
 
     keep: Tensor
     layout: Layout
-    picture: Image | None
+    pictures: tuple[Image, ...] = ()
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Those that can be drawn."""
+        return [segment for segment in self.layout.segments if segment.kind != "newline"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Answer:
         for view in self.views:
             segments += [dataclasses.replace(part, start=start + part.start) for part in view.layout.segments]
             picks += [start + i for i in view.keep.tolist()]
-            pictures += [view.picture or picture for part in view.layout.segments if part.kind != "newline"]
+            pictures += view.pictures or [picture] * len(view.segments)
             start += view.layout.length
         return overlay(pictures, picks, Layout(start, tuple(segments)))
 
@@ -128,13 +135,16 @@ class Checkpoint:
             return Answer(text, total, self._views(handle, inputs.get("pixel_values")))
 
     def _views(self, handle: Patch, pixels: Tensor | None) -> tuple[View, ...]:
-        if handle.stage.last is None or handle.last_keep is None:
+        if handle.last_keep is None or handle.last_layouts is None:
             return ()
-        layouts = [image.layout for image in handle.stage.last[0].images]
-        pictures: list[Image | None] = [None] * len(layouts)
-        if pixels is not None and pixels.dim() >= 4 and len(tiles := pixels.flatten(0, -4)) == len(layouts):
-            pictures = [to_picture(tile, self.processor.image_processor) for tile in tiles]
-        return tuple(map(View, handle.last_keep[0], layouts, pictures))
+        views = [View(keep, layout) for keep, layout in zip(handle.last_keep[0], handle.last_layouts[0], strict=True)]
+        tiles = [] if pixels is None or pixels.dim() < 4 else list(pixels.flatten(0, -4))
+        if len(tiles) != sum(len(view.segments) for view in views):
+            return tuple(views)
+        pictures = (to_picture(tile, self.processor.image_processor) for tile in tiles)
+        return tuple(
+            dataclasses.replace(view, pictures=tuple(itertools.islice(pictures, len(view.segments)))) for view in views
+        )
 
     def encode(self, image: Image, question: str) -> Any:
         """The prompt as tensors: through the processor's chat template where it has one, else image token and text."""

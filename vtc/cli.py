@@ -159,16 +159,21 @@ def demo(
         "vtc-demo.png"
     ),
     device: Device = "cpu",
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; with a model this small more of them mostly wait for each other.")
+    ] = 1,
 ) -> None:
     """Compare the small model shipped with vtc, unpruned and pruned: accuracy, prefill time, tokens, cache."""
     console = Console()
     with _clear_errors():
+        import torch
         from transformers.utils import logging
 
         from vtc.demo import run_demo
         from vtc.demo_report import print_report
 
         logging.disable_progress_bar()
+        torch.set_num_threads(threads)
         report = run_demo(
             build_config(method, keep, option, positions),
             questions=questions,

@@ -132,8 +132,8 @@ def run_demo(
         device: where the model runs.
         progress: called with a line of text at the start of each phase.
     """
-    if questions < 1 or batch < 1 or repeats < 1:
-        raise ValueError(f"questions={questions}, batch={batch} and repeats={repeats} must be at least 1")
+    if min(questions, batch, repeats) < 1:
+        raise ValueError(f"{questions=}, {batch=} and {repeats=} must be at least 1")
     progress("loading the shipped model")
     model, processor = vtc_tinyvlm.load()
     model = model.to(device).eval()
@@ -255,9 +255,10 @@ def _accuracy(asked: Sequence[Any], answers: list[str]) -> dict[str, Accuracy]:
 
 def _machine(device: torch.device) -> str:
     """What the timing ran on."""
+    threads = torch.get_num_threads()
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{device}, {torch.get_num_threads()} thread(s)"
+        else f"{device}, {threads} thread" + "s" * (threads > 1)
     )
     return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"

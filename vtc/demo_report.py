@@ -8,9 +8,9 @@ from rich.table import Table
 from vtc.demo import Accuracy, Report, Spread
 
 
-def _percent(accuracy: Accuracy, gap: str = " ") -> str:
+def _percent(accuracy: Accuracy, form: str = "{} [dim]({})[/]") -> str:
     low, high = accuracy.interval
-    return f"{accuracy.rate:.1%}{gap}[dim]{low:.1%} - {high:.1%}[/]"
+    return form.format(f"{accuracy.rate:.1%}", f"{low:.1%} - {high:.1%}")
 
 
 def _milliseconds(spread: Spread) -> str:
@@ -30,7 +30,7 @@ def print_report(console: Console, report: Report) -> None:
     name = f"{report.config.method}, keep {report.config.options['keep']}"
     console.print(_summary(report, name))
     console.print(NOTES.format(report=report), markup=False, highlight=False)
-    kinds = Table("accuracy by type", "questions", "unpruned", name)
+    kinds = Table("accuracy by type", "asked", "unpruned", name)
     for kind, accuracy in report.full.accuracy.items():
         kinds.add_row(kind, str(accuracy.total), _percent(accuracy), _percent(report.pruned.accuracy[kind]))
     console.print(kinds)
@@ -44,7 +44,9 @@ def _summary(report: Report, name: str) -> Table:
     before, after = full.headline(), pruned.headline()
     points = f"{100 * (after.rate - before.rate):+.1f} points"
     table = Table("", "unpruned", name, "", show_lines=True)
-    table.add_row(f"accuracy\n{before.total} questions", _percent(before, "\n"), _percent(after, "\n"), points)
+    table.add_row(
+        f"accuracy\n{before.total} questions", *(_percent(a, "{}\n[dim]{}[/]") for a in (before, after)), points
+    )
     tokens = f"{full.tokens:.0f}", f"{pruned.tokens:.0f}", _share(pruned.tokens, full.tokens)
     table.add_row("visual tokens per image", *tokens)
     sizes = (f"{side.cache_bytes / 1024:.0f} KiB" for side in (full, pruned))
