@@ -1,7 +1,8 @@
-"""Every method on every family it applies to: what it keeps is the same however the model runs, and what the model
-then says is what it says when it cannot see the dropped tokens.
+"""Every method on every family it applies to.
 
-The keep-sets come from the patched run (`last_stages`); whether they are the right ones is for the tests of the methods.
+What it keeps is the same however the model runs, and what the model then says is what it says when it cannot see the
+dropped tokens. The keep-sets come from the patched run (`last_stages`); whether they are the right ones is for the
+tests of the methods.
 """
 
 from __future__ import annotations
