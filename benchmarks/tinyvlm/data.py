@@ -63,6 +63,11 @@ def evaluation_questions(n: int, seed: int = SPLITS["evaluation"]) -> list[Quest
 
 def dataset(split: str, n: int) -> Any:
     """A `datasets.Dataset` of n examples with image, question, prompt, answer, type (needs the `datasets` extra)."""
+    return as_dataset(split_questions(n, split))
+
+
+def as_dataset(asked: list[Question]) -> Any:
+    """Questions as a `datasets.Dataset`."""
     from datasets import Dataset, Features, Image, Value
 
     text = Value("string")
@@ -70,6 +75,6 @@ def dataset(split: str, n: int) -> Any:
     rows = [
         {"question": q.prompt.removeprefix("<image> ")}
         | {k: getattr(q, k) for k in ("image", "prompt", "answer", "type")}
-        for q in split_questions(n, split)
+        for q in asked
     ]
     return Dataset.from_list(rows, features=features)

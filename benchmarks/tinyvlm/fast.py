@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 192  # image rows whose attention is computed at once
+
 
 class _RMSNorm(torch.autograd.Function):
     """Llama's RMSNorm with a two-pass backward."""
@@ -106,13 +108,20 @@ def project(params: dict[str, Tensor], features: Tensor) -> Tensor:
 
 
 def language(
-    params: dict[str, Tensor], config: Any, image: Tensor, bos: int, questions: Tensor, barred: Tensor | None = None
+    params: dict[str, Tensor],
+    config: Any,
+    image: Tensor,
+    bos: int,
+    questions: Tensor,
+    barred: Tensor | None = None,
+    image_states: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the LM on `<bos> image` followed by Q questions of equal slot length, each continuing from the image alone.
 
     image [B, N, d] (projected), questions int [B, Q, T] (right-padded), barred [B, Q * T, N + 1] is added to the
     questions' scores over `<bos> image` (training only). Returns the final normed states of the question
-    tokens [B, Q, T, d] and, per layer, their residual stream after it.
+    tokens [B, Q, T, d] and, per layer, their residual stream after it. `image_states` collects the same of
+    `<bos> image` for every layer but the last.
     """
     root = "model.language_model."
     batch, count, length = questions.shape
@@ -143,6 +152,8 @@ def language(
         y = _RMSNorm.apply(x, params[at + "post_attention_layernorm.weight"], config.rms_norm_eps)
         gate, up = F.linear(y, params[at + "mlp.gate_proj.weight"]), F.linear(y, params[at + "mlp.up_proj.weight"])
         x = x + F.linear(F.silu(gate) * up, params[at + "mlp.down_proj.weight"])
+        if image_states is not None and not last:
+            image_states.append(x.split(sizes, 1)[0])
         states.append((x if last else x.split(sizes, 1)[1]).unflatten(1, (count, length)))
     return _RMSNorm.apply(states[-1], params[root + "norm.weight"], config.rms_norm_eps), states
 
@@ -172,4 +183,13 @@ def _packed_attention(
     weights = torch.softmax(torch.cat([over, own], -1), -1)
     to_image, to_own = weights.split((sizes[0], length), -1)
     text = to_image @ vi + (to_own.unflatten(2, (count, -1)) @ own_v).flatten(2, 3)
-    return text if last else torch.cat([torch.softmax(qi @ keys + future, -1) @ vi, text], 2)
+    if last:
+        return text
+    # Rows in blocks, so that of a long image hardly more than the causal half is computed.
+    ends = [*range(BLOCK, sizes[0] - BLOCK // 2, BLOCK), sizes[0]]
+    parts = qi.split([b - a for a, b in zip([0, *ends], ends, strict=False)], 2)
+    rows = [
+        torch.softmax(part @ keys[..., :b] + future[b - part.shape[2] : b, :b], -1) @ vi[:, :, :b]
+        for part, b in zip(parts, ends, strict=True)
+    ]
+    return torch.cat([*rows, text], 2)

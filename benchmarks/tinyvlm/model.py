@@ -117,8 +117,10 @@ def build_processor() -> Any:
     )
 
 
-def save(model: Any, directory: str | Path = CHECKPOINT) -> None:
-    """Write model and processor. Weights are rounded to fp16, config says float32: a plain load computes in fp32."""
+def save(model: Any, directory: str | Path = CHECKPOINT, processor: Any = None) -> None:
+    """Write model and processor (default: this model's). Weights are rounded to fp16, config says float32: a plain load
+    computes in fp32.
+    """
     import copy
     import json
 
@@ -130,7 +132,7 @@ def save(model: Any, directory: str | Path = CHECKPOINT) -> None:
         part.pop("torch_dtype", None)
         part["dtype"] = "float32"
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    build_processor().save_pretrained(directory)
+    (processor or build_processor()).save_pretrained(directory)
     for file in directory.iterdir():  # safetensors writes 0600
         file.chmod(0o644)
 

@@ -72,10 +72,12 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in drawing order (they never overlap) and the seed of the background."""
+    """Objects in drawing order (they never overlap), the seed of the background, and the size in pixels."""
 
     objects: tuple[Object, ...]
     background_seed: int
+    width: int = SIZE
+    height: int = SIZE
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
@@ -106,9 +108,9 @@ def _try_objects(rng: np.random.Generator, count: int) -> tuple[Object, ...] | N
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw the scene as a uint8 array [96, 96, 3]."""
+    """Draw the scene as a uint8 array [height, width, 3]."""
     rng = np.random.default_rng(scene.background_seed)
-    canvas = _background(rng)
+    canvas = _background(rng, scene.height, scene.width)
     for obj in scene.objects:
         alpha = _sprite(obj.shape, obj.radius)
         r = alpha.shape[0] // 2
@@ -127,44 +129,45 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def patch_owner(scene: Scene) -> np.ndarray:
-    """Index of the object that covers most of each patch, -1 for background: int array [12, 12].
+    """Index of the object that covers most of each patch, -1 for background: int array [height / 8, width / 8].
 
     A patch counts as an object's when the object's silhouette fills at least a quarter of it.
     """
-    best = np.full((GRID, GRID), PATCH * PATCH / 4, np.float32)
-    owner = np.full((GRID, GRID), -1, np.int64)
-    mask = np.zeros((SIZE, SIZE), np.float32)
+    rows, columns = scene.height // PATCH, scene.width // PATCH
+    best = np.full((rows, columns), PATCH * PATCH / 4, np.float32)
+    owner = np.full((rows, columns), -1, np.int64)
+    mask = np.zeros((scene.height, scene.width), np.float32)
     for index, obj in enumerate(scene.objects):
         alpha = _sprite(obj.shape, obj.radius)
         r = alpha.shape[0] // 2
         mask[:] = 0
         mask[obj.y - r : obj.y + r, obj.x - r : obj.x + r] = alpha
-        area = mask.reshape(GRID, PATCH, GRID, PATCH).sum((1, 3))
+        area = mask.reshape(rows, PATCH, columns, PATCH).sum((1, 3))
         owner[area >= best] = index
         best = np.maximum(best, area)
     return owner
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A muted smooth texture in three octaves plus pixel noise, so that empty patches differ from each other."""
-    canvas = np.full((SIZE, SIZE, 3), 112.0, np.float32) + rng.normal(0, 18, 3).astype(np.float32)
-    for cells, strength in ((3, 24.0), (6, 14.0), (12, 8.0)):
-        weights = _upsample(cells)
-        coarse = rng.normal(0, strength, (3, cells, cells)).astype(np.float32)
-        canvas += (weights @ coarse @ weights.T).transpose(1, 2, 0)
+    canvas = np.full((height, width, 3), 112.0, np.float32) + rng.normal(0, 18, 3).astype(np.float32)
+    for cells, strength in ((3, 24.0), (6, 14.0), (12, 8.0)):  # cells per 96 pixels
+        down, across = cells * height // SIZE, cells * width // SIZE
+        coarse = rng.normal(0, strength, (3, down, across)).astype(np.float32)
+        canvas += (_upsample(down, height) @ coarse @ _upsample(across, width).T).transpose(1, 2, 0)
     noise = np.frombuffer(rng.bytes(canvas.size), np.uint8).reshape(canvas.shape)
     return canvas + (noise.astype(np.float32) - 127.5) * 0.08
 
 
 @cache
-def _upsample(cells: int) -> np.ndarray:
-    """Smooth interpolation matrix [96, cells] (cosine between neighbouring cells)."""
-    at = np.linspace(0, cells - 1, SIZE)
+def _upsample(cells: int, size: int) -> np.ndarray:
+    """Smooth interpolation matrix [size, cells] (cosine between neighbouring cells)."""
+    at = np.linspace(0, cells - 1, size)
     low = np.minimum(at.astype(int), cells - 2)
     part = (1 - np.cos(np.pi * (at - low))) / 2
-    weights = np.zeros((SIZE, cells), np.float32)
-    weights[np.arange(SIZE), low] = 1 - part
-    weights[np.arange(SIZE), low + 1] = part
+    weights = np.zeros((size, cells), np.float32)
+    weights[np.arange(size), low] = 1 - part
+    weights[np.arange(size), low + 1] = part
     return weights
 
 
