@@ -51,6 +51,7 @@ WITH_CLS = {"llava", "vipllava", "llava_next", "llava_next_video", "video_llava"
 
 def test_every_promised_family_is_listed() -> None:
     listed = {family.model_type: family for family in vtc.list_models()}
+    assert "llava" in vtc.list_models()  # names, like list_methods()
     assert PROMISED.keys() <= listed.keys()
     for model_type, modalities in PROMISED.items():
         assert set(modalities) <= set(listed[model_type].modalities), model_type

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import vtc
 from vtc.cli import app
+from vtc.methods import method_class
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -105,7 +106,8 @@ def test_readme_shows_the_table_of_models():
 
 def test_readme_lists_exactly_the_methods():
     rows = re.findall(r"^- `(\w+)`", README.split("## Methods")[1].split("\n## ")[0], flags=re.M)
-    assert sorted(rows) == vtc.list_methods()
+    ours = [name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc.")]
+    assert sorted(rows) == ours  # other tests register methods of their own
 
 
 def test_ci_runs_the_readmes_test_command():

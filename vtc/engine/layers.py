@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import masking_utils, modeling_layers
+from transformers import modeling_layers
 
 from vtc.engine import taps
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import FRAME, Frame, is_bypassed
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, physical_length, slot_map, stage_of
+from vtc.engine.masks import causal_mask, layer_type, window_of
 from vtc.methods import Method
 from vtc.methods.base import Stage
 from vtc.models import Parts
@@ -299,34 +300,6 @@ class _Call:
 def _before(frame: Frame, slots: Any, past: int) -> Tensor | None:
     """The 2-D padding mask over the logical columns that were stored before this call."""
     return None if frame.logical is None else frame.logical[:, : past + slots.removed]
-
-
-def layer_type(config: Any, index: int) -> str | None:
-    """The kind of attention of one layer, where the config tells."""
-    types = getattr(config, "layer_types", None)
-    return None if types is None else types[index]
-
-
-def window_of(config: Any, index: int) -> int | None:
-    """How far a layer looks back, ``None`` if all the way."""
-    window = getattr(config, "sliding_window", None)
-    kind = layer_type(config, index)
-    return window if kind is None or "sliding" in kind else None
-
-
-def causal_mask(parts: Parts, index: int, hidden: Tensor, padding: Tensor | None, cache: Any) -> Any:
-    """What transformers would build for this layer if its cache were all there is."""
-    config = parts.decoder.config
-    sliding = window_of(config, index) is not None
-    build = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
-    return build(
-        config=config,
-        inputs_embeds=hidden,
-        attention_mask=padding,
-        past_key_values=cache,
-        position_ids=None,
-        layer_idx=index,
-    )
 
 
 def unfit_for(parts: Parts, stages: Sequence[Stage]) -> str | None:

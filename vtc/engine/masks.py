@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from vtc.engine.compaction import Compaction
 from vtc.models import Parts
@@ -66,3 +67,31 @@ def _prepared(
         seen = past - offset
         mask = compact.keep.new_ones(1, 1, compact.width, seen + compact.width).tril(seen)
     return compact.attention(mask, past - offset, length)
+
+
+def layer_type(config: Any, index: int) -> str | None:
+    """The kind of attention of one layer, where the config tells."""
+    types = getattr(config, "layer_types", None)
+    return None if types is None else types[index]
+
+
+def window_of(config: Any, index: int) -> int | None:
+    """How far a layer looks back, ``None`` if all the way."""
+    window = getattr(config, "sliding_window", None)
+    kind = layer_type(config, index)
+    return window if kind is None or "sliding" in kind else None
+
+
+def causal_mask(parts: Parts, index: int, hidden: Tensor, padding: Tensor | None, cache: Any) -> Any:
+    """What transformers would build for this layer if its cache were all there is."""
+    config = parts.decoder.config
+    sliding = window_of(config, index) is not None
+    build = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
+    return build(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=padding,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=index,
+    )

@@ -75,14 +75,31 @@ class Parts:
         return hasattr(type(self.root), "create_masks_for_generate")
 
 
-@dataclass(frozen=True)
-class ModelFamily:
-    """One line of :func:`list_models`."""
+class ModelFamily(str):
+    """One entry of :func:`list_models`: a ``model_type``, as a string that knows more.
 
-    model_type: str
+    Attributes:
+        modalities: those that are tested.
+        signals: those that the family can offer to methods.
+        notes: what is particular about it.
+    """
+
+    __slots__ = ("modalities", "notes", "signals")
+
     modalities: tuple[str, ...]
     signals: tuple[str, ...]
     notes: str
+
+    def __new__(cls, model_type: str, modalities: tuple[str, ...], signals: tuple[str, ...], notes: str) -> ModelFamily:
+        """A family by name."""
+        family = super().__new__(cls, model_type)
+        family.modalities, family.signals, family.notes = modalities, signals, notes
+        return family
+
+    @property
+    def model_type(self) -> str:
+        """The name, as a plain string."""
+        return str(self)
 
 
 class Adapter:
