@@ -47,7 +47,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_every_package_in_the_tree_is_listed():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vtc").rglob("__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"vtc_tinyvlm"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"vtc_tinyvlm", "vtc_tinyvlm_next"}
 
 
 def test_the_wheel_names_its_extras_and_few_dependencies(wheel):
