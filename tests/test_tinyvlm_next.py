@@ -192,7 +192,7 @@ def mean(table, score="exact"):
 
 def test_accuracy_on_validation_questions(loaded):
     """Bound: five standard errors under the card's value, so chance failures are out and a broken model is not."""
-    asked = tiny.split_questions(42, "validation")
+    asked = tiny.split_questions(36, "validation")
     right = [tiny.is_exact(t, q.answer) for t, q in zip(generate(*loaded, asked), asked, strict=True)]
     expected = mean(card_table("Results on the evaluation split"))
     assert sum(right) / len(right) > expected - 5 * (expected * (1 - expected) / len(asked)) ** 0.5
@@ -244,7 +244,8 @@ def test_thumbnail_only_is_the_model_without_the_crops_tokens(loaded):
             embedded = model.get_input_embeddings()(one["input_ids"])
             embedded[0, image] = features[0]
             logits = model(inputs_embeds=embedded[:, keep], position_ids=keep[None]).logits[0, -1]
-        assert processor.decode([int(logits.argmax())]) == text.split()[0]
+        first = processor.decode([int(logits.argmax())], skip_special_tokens=True)
+        assert text.split()[:1] == first.split()
 
 
 def test_resumed_training_equals_uninterrupted():
