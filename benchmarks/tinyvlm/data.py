@@ -6,6 +6,7 @@ The three splits cannot overlap: each has its own key, and the random generator 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,14 @@ def prompt_of(question: TextQuestion | str) -> str:
 
 def split_questions(n: int, split: str = "evaluation", seed: int | None = None) -> list[Question]:
     """N questions, each about an image of its own, the six types in equal shares. `seed` replaces the split's key."""
-    key = SPLITS[split] if seed is None else seed
+    return collect(n, SPLITS[split] if seed is None else seed, example)
+
+
+Examples = Callable[[int, int, list[str]], tuple[Scene, list[TextQuestion]]]
+
+
+def collect(n: int, key: int, example: Examples) -> list[Question]:
+    """The first n questions that the examples of a key can ask, the six types in turn."""
     found: list[Question] = []
     index = 0
     while len(found) < n:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from vtc_tinyvlm.data import Question, prompt_of
-from vtc_tinyvlm.questions import TYPES, TextQuestion, sample_questions
-from vtc_tinyvlm.scenes import Scene, render, to_image
+from vtc_tinyvlm.data import Question, as_dataset, collect
+from vtc_tinyvlm.questions import TextQuestion, sample_questions
+from vtc_tinyvlm.scenes import Scene
 
 from .scenes import sample_picture, sample_scene
 
@@ -28,16 +28,7 @@ def example(
 
 def split_questions(n: int, split: str = "evaluation", seed: int | None = None) -> list[Question]:
     """N questions, each about an image of its own, the six types in equal shares. `seed` replaces the split's key."""
-    key = SPLITS[split] if seed is None else seed
-    found: list[Question] = []
-    index = 0
-    while len(found) < n:
-        kind = TYPES[len(found) % len(TYPES)]
-        scene, (question,) = example(key, index, [kind])
-        index += 1
-        if question.type == kind:  # else this scene cannot ask it; take the next scene
-            found.append(Question(to_image(render(scene)), prompt_of(question), question.answer, kind))
-    return found
+    return collect(n, SPLITS[split] if seed is None else seed, example)
 
 
 def evaluation_questions(n: int, seed: int = SPLITS["evaluation"]) -> list[Question]:
@@ -47,6 +38,4 @@ def evaluation_questions(n: int, seed: int = SPLITS["evaluation"]) -> list[Quest
 
 def dataset(split: str, n: int) -> Any:
     """A `datasets.Dataset` of n examples with image, question, prompt, answer, type (needs the `datasets` extra)."""
-    from vtc_tinyvlm.data import as_dataset
-
     return as_dataset(split_questions(n, split))

@@ -13,45 +13,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Compaction:
-    """Which columns stay.
+class Columns:
+    """Some columns of each row of a batch, in order.
 
     Attributes:
-        keep: bool [B, N], the columns that stay.
-        index: LongTensor [B, M], the same as ascending column numbers; holes point at some column that does not stay.
+        index: LongTensor [B, M], ascending column numbers; holes point at some column that is not meant.
         valid: bool [B, M], False at holes.
-        counts: valid columns of each row (host integers).
-        dropped: real columns each row loses (host integers; padding is not counted).
     """
 
-    keep: Tensor
     index: Tensor
     valid: Tensor
-    counts: tuple[int, ...]
-    dropped: tuple[int, ...]
-
-    @classmethod
-    def of(cls, keep: Tensor, counts: list[int], dropped: list[int], pad_right: bool) -> Compaction:
-        """From a bool mask ``keep`` [B, N] whose row sums, ``counts``, are known on the host."""
-        width, longest = keep.shape[1], max(counts)
-        if pad_right:
-            index = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
-        else:
-            index = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - longest :]
-        slot = torch.arange(longest, device=keep.device)
-        kept = torch.tensor(counts).to(keep.device, non_blocking=True)[:, None]
-        valid = slot < kept if pad_right else slot >= longest - kept
-        return cls(keep, index, valid, tuple(counts), tuple(dropped))
-
-    @property
-    def holes(self) -> bool:
-        """Whether some row keeps fewer columns than the longest."""
-        return min(self.counts) < self.index.shape[1]
-
-    @property
-    def width(self) -> int:
-        """N, the columns before."""
-        return self.keep.shape[1]
 
     @property
     def length(self) -> int:
@@ -66,24 +37,6 @@ class Compaction:
         if picked.dtype == torch.bool and picked.dim() == 2:
             picked = picked & self.valid.to(picked.device)
         return picked
-
-    def positions(self, ids: Tensor) -> Tensor:
-        """Position ids [B or 1, N] or [axes, B or 1, N] → the same with M columns."""
-        index = self.index.to(ids.device)
-        index = index.expand(*ids.shape[:-2], *index.shape)
-        return ids.expand(*ids.shape[:-2], index.shape[-2], ids.shape[-1]).gather(-1, index)
-
-    def first_position(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Where each row's positions begin, padding left out: [B or 1, N], 2-D padding mask → [B or 1]."""
-        if mask is not None:
-            real = mask[:, -self.width :].bool().to(ids.device)
-            ids = ids.expand(real.shape[0], -1).masked_fill(~real, torch.iinfo(ids.dtype).max)
-        return ids.amin(1)
-
-    def renumber(self, ids: Tensor, start: Tensor) -> Tensor:
-        """Kept positions [B, M] → consecutive ones from ``start`` [B or 1]."""
-        valid = self.valid.to(ids.device)
-        return torch.where(valid, start[:, None] + valid.cumsum(1) - 1, ids)
 
     def labels(self, labels: Tensor, ignore: int = -100) -> Tensor:
         """Labels [B, N] → [B, M], ``ignore`` at holes."""
@@ -112,3 +65,59 @@ class Compaction:
         new = new.masked_fill(itself[:, None], open_)
         beyond = rows.new_full((batch, heads, self.length, length - past - self.length), blocked)
         return torch.cat([rows[..., :past], new, beyond], dim=3)
+
+
+@dataclass(frozen=True)
+class Compaction(Columns):
+    """Which columns stay.
+
+    Attributes:
+        keep: bool [B, N], the columns that stay.
+        counts: valid columns of each row (host integers).
+        dropped: real columns each row loses (host integers; padding is not counted).
+    """
+
+    keep: Tensor
+    counts: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+    @classmethod
+    def of(cls, keep: Tensor, counts: list[int], dropped: list[int], pad_right: bool) -> Compaction:
+        """From a bool mask ``keep`` [B, N] whose row sums, ``counts``, are known on the host."""
+        width, longest = keep.shape[1], max(counts)
+        if pad_right:
+            index = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
+        else:
+            index = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - longest :]
+        slot = torch.arange(longest, device=keep.device)
+        kept = torch.tensor(counts).to(keep.device, non_blocking=True)[:, None]
+        valid = slot < kept if pad_right else slot >= longest - kept
+        return cls(index, valid, keep, tuple(counts), tuple(dropped))
+
+    @property
+    def holes(self) -> bool:
+        """Whether some row keeps fewer columns than the longest."""
+        return min(self.counts) < self.index.shape[1]
+
+    @property
+    def width(self) -> int:
+        """N, the columns before."""
+        return self.keep.shape[1]
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Position ids [B or 1, N] or [axes, B or 1, N] → the same with M columns."""
+        index = self.index.to(ids.device)
+        index = index.expand(*ids.shape[:-2], *index.shape)
+        return ids.expand(*ids.shape[:-2], index.shape[-2], ids.shape[-1]).gather(-1, index)
+
+    def first_position(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Where each row's positions begin, padding left out: [B or 1, N], 2-D padding mask → [B or 1]."""
+        if mask is not None:
+            real = mask[:, -self.width :].bool().to(ids.device)
+            ids = ids.expand(real.shape[0], -1).masked_fill(~real, torch.iinfo(ids.dtype).max)
+        return ids.amin(1)
+
+    def renumber(self, ids: Tensor, start: Tensor) -> Tensor:
+        """Kept positions [B, M] → consecutive ones from ``start`` [B or 1]."""
+        valid = self.valid.to(ids.device)
+        return torch.where(valid, start[:, None] + valid.cumsum(1) - 1, ids)

@@ -8,31 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.engine.compaction import Compaction
+from vtc.engine.compaction import Columns, Compaction
 from vtc.engine.plan import Plan
 from vtc.tokens import InsideTokens
 
 
 @dataclass(frozen=True)
-class Passed:
-    """What was left after one stage.
+class Passed(Columns):
+    """Columns of the call that were left after one stage.
 
     Attributes:
         after: layers run before it.
         alive: bool [G, N], tokens of each image.
-        index: LongTensor [B, M], columns of the call.
-        valid: bool [B, M], False at padding and holes.
     """
 
     after: int
     alive: Tensor
-    index: Tensor
-    valid: Tensor
-
-    def labels(self, labels: Tensor, ignore: int = -100) -> Tensor:
-        """Labels [B, N] → [B, M], ``ignore`` at holes."""
-        picked = labels.gather(1, self.index.to(labels.device))
-        return picked.masked_fill(~self.valid.to(labels.device), ignore)
 
 
 @dataclass
@@ -53,7 +44,9 @@ class Inside:
         stages_done: how many stages have been passed.
         transition: float [G, N], summed so far.
         rows: attention rows that a stage ahead will ask for, by layer.
-        masks: masks made for a stage, by (first layer, layer type).
+        where: LongTensor [G, N], where each token sits in the flattened sequence; renewed when columns leave.
+        masks: masks made for the present stage, by layer type.
+        rotary: rotary embeddings of the present columns, by the identity of the whole ones.
         history: what was left after each stage.
         lengths: columns of each row that were real before anything left (host integers).
         entered: columns that entered the first layer.
@@ -75,7 +68,9 @@ class Inside:
     stages_done: int = 0
     transition: Tensor | None = None
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
+    masks: dict[str | None, Any] = field(default_factory=dict)
+    rotary: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    where: Tensor = field(init=False)
     history: list[Passed] = field(default_factory=list)
     lengths: tuple[int, ...] = ()
     entered: int = 0
@@ -87,7 +82,7 @@ class Inside:
     def begin(cls, plan: Plan, compact: Compaction, pad_right: bool, starts: dict[str | None, int]) -> Inside:
         """At the first layer, after the entry stage left ``compact``."""
         relative = torch.arange(compact.length, device=compact.index.device).expand_as(compact.index)
-        return cls(
+        inside = cls(
             plan,
             compact.index,
             compact.valid,
@@ -102,6 +97,8 @@ class Inside:
             entered=compact.length,
             starts=starts,
         )
+        inside.where = inside._locate()
+        return inside
 
     def padding(self) -> Tensor | None:
         """The 2-D padding mask over stored keys and the present columns, ``None`` if nothing is padding."""
@@ -119,8 +116,7 @@ class Inside:
             rows[image.row] += count
         return rows
 
-    @property
-    def where(self) -> Tensor:
+    def _locate(self) -> Tensor:
         """LongTensor [G, N]: where each token sits in the flattened sequence [B * M]; anything past it is gone."""
         batch, length = self.index.shape
         gone = batch * length
@@ -154,7 +150,8 @@ class Inside:
 
     def per_image(self, scores: Tensor) -> Tensor:
         """Scores of samples, float [B] → of images [G]."""
-        return scores[torch.tensor([image.row for image in self.plan.images], device=scores.device)]
+        rows = torch.tensor([image.row for image in self.plan.images])
+        return scores[rows.to(scores.device, non_blocking=True)]
 
     def tokens(self, hidden: Tensor, signals: dict[str, Tensor]) -> InsideTokens:
         """What a method sees."""
@@ -182,4 +179,7 @@ class Inside:
         self.index, self.relative = self.index.gather(1, compact.index), self.relative.gather(1, compact.index)
         self.valid, self.counts = compact.valid, counts
         self.alive, self.alive_counts = self.alive & keep, kept
+        self.where = self._locate()
+        self.masks.clear()
+        self.rotary.clear()
         return compact

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import modeling_layers
 
 from vtc.engine import taps
-from vtc.engine.compaction import Compaction
+from vtc.engine.compaction import Columns, Compaction
 from vtc.engine.context import FRAME, Frame, is_bypassed
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, physical_length, slot_map, stage_of
@@ -145,8 +145,7 @@ class LayerStages:
         inside.past, inside.head = self._stored(index, frame, cache)
         compact = inside.drop(keep, counts)
         inside.stages_done += 1
-        inside.masks.clear()
-        inside.history.append(Passed(index, inside.alive, inside.index, inside.valid))
+        inside.history.append(Passed(inside.index, inside.valid, index, inside.alive))
         if (slots := slot_map(cache, index)) is not None:
             dropped = torch.tensor([n - c for n, c in zip(inside.lengths, inside.counts, strict=True)])
             holes = compact.holes
@@ -167,57 +166,47 @@ class LayerStages:
         """The call with rotary embeddings, mask and aligned tensors of the shorter sequence."""
         inside = frame.inside
         assert inside is not None
-        relative = inside.relative
+        present, batch = Columns(inside.relative, inside.valid), len(inside.relative)
 
-        def gather(tensor: Tensor) -> Tensor:
-            tensor = tensor.expand(relative.shape[0], *tensor.shape[1:])
-            at = relative.to(tensor.device).reshape(*relative.shape, *[1] * (tensor.dim() - 2))
-            return tensor.gather(1, at.expand(-1, -1, *tensor.shape[2:]))
+        def fit(value: Any) -> Any:
+            aligned = isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (batch, inside.entered)
+            return present.sequence(value) if aligned else value
 
-        def aligned(value: Any) -> bool:
-            return isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (len(relative), inside.entered)
-
-        kwargs = {name: gather(value) if aligned(value) else value for name, value in call.kwargs.items()}
+        kwargs = {name: fit(value) for name, value in call.kwargs.items()}
         rotary = call.kwargs["position_embeddings"]
-        key = (index if rotary is None else id(rotary), "rotary")
-        if key not in inside.masks:
-            inside.masks[key] = tuple(gather(part) for part in rotary)
-        kwargs["position_embeddings"] = inside.masks[key]
+        if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
+            parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
+            inside.rotary[id(rotary)] = tuple(present.sequence(part) for part in parts)
+        kwargs["position_embeddings"] = inside.rotary[id(rotary)]
         kwargs["position_ids"] = None
         kwargs["attention_mask"] = self._mask(index, frame, call)
-        others = tuple(gather(value) if aligned(value) else value for value in call.others)
-        return _Call((call.hidden, *others), kwargs)
+        return _Call((call.hidden, *map(fit, call.others)), kwargs)
 
     def _mask(self, index: int, frame: Frame, call: _Call) -> Any:
         inside = frame.inside
         assert inside is not None
         given, cache = call.kwargs.get("attention_mask"), call.kwargs.get("past_key_values")
         kind = layer_type(self.parts.decoder.config, index)
-        key = (self.stages[inside.stages_done - 1].after, kind)
-        if key not in inside.masks:
+        if kind not in inside.masks:
             if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
-                inside.masks[key] = self._prepared(index, given, inside, cache)
+                inside.masks[kind] = self._prepared(index, given, inside, cache)
             else:
-                padding = inside.padding()
-                inside.masks[key] = causal_mask(self.parts, index, call.hidden, padding, cache)
-        return inside.masks[key]
+                inside.masks[kind] = causal_mask(self.parts, index, call.hidden, inside.padding(), cache)
+        return inside.masks[kind]
 
     def _prepared(self, index: int, given: Tensor, inside: Inside, cache: Any) -> Tensor:
         """Prefix-LM: image tokens attend both ways, which only the mask of the first layers tells."""
         kept = inside.relative.shape[1]
-        keep = torch.zeros(len(inside.relative), inside.entered, dtype=torch.bool, device=given.device)
-        compact = Compaction(keep, inside.relative, inside.valid, tuple(inside.counts), ())
+        present = Columns(inside.relative, inside.valid)
         length, offset = (kept, 0) if cache is None else cache.get_mask_sizes(kept, index)
         start = inside.starts.get(layer_type(self.parts.decoder.config, index), 0)
         past = physical_length(cache, index) - offset
-        new = compact.attention(given[..., start : start + inside.entered], 0, length - past)
+        new = present.attention(given[..., start : start + inside.entered], 0, length - past)
         if not past:
             return new
-        head = inside.valid.new_ones(len(keep), past) if inside.head is None else inside.head[:, -past:].bool()
+        head = inside.valid.new_ones(len(inside.valid), past) if inside.head is None else inside.head[:, -past:].bool()
         blocked = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
-        prefix = (
-            new.new_zeros(*new.shape[:3], past) if given.dtype != torch.bool else new.new_ones(*new.shape[:3], past)
-        )
+        prefix = new.new_full((*new.shape[:3], past), True if given.dtype == torch.bool else 0.0)
         return torch.cat([prefix.masked_fill(~head[:, None, None].to(new.device), blocked), new], dim=3)
 
     # -- signals --------------------------------------------------------------------------------------------------
