@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtc import ops
-from vtc.ops import greedy
+from vtc.ops import recursion
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
 MODES = ["isolated", "k_center", "max_sum", "mmr"]
@@ -190,15 +190,15 @@ def test_a_row_picks_the_same_alone_and_in_a_padded_batch(mode, lengths, d, kind
 def test_similarities_are_the_same_bits_in_every_batch_shape(width):
     x = data(0, 3, 1024, 96, kind="shift")
     x[1, 577:] = math.nan
-    alone = greedy._by_gram(greedy._unit_integers(x[1:2, :577]))
-    batch = greedy._by_gram(greedy._unit_integers(x[:, :width]))
-    product = greedy._by_product(greedy._unit_integers(x[1:2, :577]))
+    alone = recursion._by_gram(recursion._unit_integers(x[1:2, :577]))
+    batch = recursion._by_gram(recursion._unit_integers(x[:, :width]))
+    product = recursion._by_product(recursion._unit_integers(x[1:2, :577]))
     everything = slice(0, 577)
     assert torch.equal(alone(everything)[0], batch(everything)[1, :, :577])
     assert torch.equal(alone(everything), product(everything))
     assert torch.equal(alone(everything), alone(everything).mT)
     assert torch.equal(alone(torch.tensor([5])), product(torch.tensor([5])))
-    assert (alone(everything)[0].double() - cosines(x[1, :577])).abs().max() < 1e-7
+    assert (alone(everything)[0].double() - cosines(x[1, :577])).abs().max() < 4e-7
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -206,11 +206,11 @@ def test_similarities_are_the_same_bits_in_every_batch_shape(width):
 def test_with_and_without_the_gram_matrix_and_in_parts(mode, kind, monkeypatch):
     x = data(9, 3, 300, 16, kind=kind)
     expected = run(mode, x, 60)
-    monkeypatch.setattr(greedy, "GRAM_ENTRIES", 0)
+    monkeypatch.setattr(recursion, "GRAM_ENTRIES", 0)
     assert torch.equal(run(mode, x, 60), expected)
-    monkeypatch.setattr(greedy, "GRAM_ENTRIES", 2 * 300 * 300)
+    monkeypatch.setattr(recursion, "GRAM_ENTRIES", 2 * 300 * 300)
     assert torch.equal(run(mode, x, 60), expected)
-    monkeypatch.setattr(greedy, "GRAM_ROWS_PER_PICK", 0)
+    monkeypatch.setattr(recursion, "GRAM_ROWS_PER_PICK", 0)
     assert torch.equal(run(mode, x, 60), expected)
 
 
@@ -365,7 +365,7 @@ def test_no_op_waits_for_the_device(monkeypatch):
     x, mask = data(0, 2, 9, 4), torch.arange(9) < torch.tensor([[9], [6]])
     with NoSync():
         every_op(x, mask)
-        monkeypatch.setattr(greedy, "GRAM_ENTRIES", 0)
+        monkeypatch.setattr(recursion, "GRAM_ENTRIES", 0)
         every_op(x, mask)
 
 

@@ -25,7 +25,7 @@ class DivPrune(Method):
     The paper calls this exact; code and vtc do the greedy farthest-first traversal, a 2-approximation. The released
     code computes distances in the model's half precision, where a few hundred distinct values leave the choice to
     ties, divides by zero on a zero row, picks a token twice once the distinct ones are used up, and prunes the first
-    image of the first prompt only. vtc computes exactly (see ``vtc.ops.greedy``), never picks twice, and prunes every
+    image of the first prompt only. vtc computes exactly (``vtc.ops.recursion``), never picks twice, and prunes every
     image by itself. The code re-numbers positions: ``positions="compact"``. Newlines compete like any token, as there
     (being duplicates, about one survives); ``newlines="keep"`` spares them.
 

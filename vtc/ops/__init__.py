@@ -1,6 +1,7 @@
 """Pure tensor functions: batched, free of host synchronisation, traceable into one graph, deterministic."""
 
-from vtc.ops.greedy import farthest_first, first_max, max_marginal_relevance, max_sum
+from vtc.ops.greedy import farthest_first, max_marginal_relevance, max_sum
+from vtc.ops.recursion import first_max
 from vtc.ops.scores import crop_budgets, instruction_attention, transition_variation
 
 __all__ = [

@@ -11,34 +11,16 @@ With z_i the rows scaled to length one and S the tokens picked so far, every pic
 The penalty is a running maximum or sum, so a pick costs one row of similarities. Picks are nested: the first j of
 k are the picks for j.
 
-**Exact similarities.** The picks of an image must not depend on its neighbours in the batch, yet the order in which
-a matrix product adds up depends on the shape of the batch. So z is rounded to multiples of 2**-26 (finer than
-float32 near one) and multiplied as integers in float64: every partial sum stays below 2**53, so none is rounded, and
-every order of summation, batch shape, device and blocking gives the same bits. The result is rounded once, to
-float32. Float64 is also out of the reach of autocast and TF32. (Devices without float64 use float32 and lose the
-guarantee, not the function.)
-
-**Two regimes, same picks.** With the Gram matrix a pick is a gather of one row; without it, a matrix-vector product.
-A matrix-vector product runs at the speed of memory and costs as much as about 24 rows of the (symmetric) Gram matrix
-on the CPU we measured, so the matrix is built for N <= 24 k, and whenever the first pick needs all pairs anyway, as
-long as it has at most 2**28 entries (N = 16384). Batches above that size are worked off in parts.
-
-Nothing here reads a tensor's value on the host, and all of it traces into one graph.
+This file checks the arguments and chooses who computes: ``vtc.ops.recursion`` is the readable torch reference, and
+``vtc.ops.kernels.greedy`` does the same on a GPU, with the same picks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-GRAM_ENTRIES = 2**28
-GRAM_ROWS_PER_PICK = 24
-BLOCK = 256
-_UNIT = 2.0**26
-_PADDING = -1e30  # the base of a padding row: below every token, above what is picked already
-_LONE = -2.0  # the similarity of a token to its nearest neighbour when it has none
+from vtc.ops import recursion
 
 
 def farthest_first(
@@ -102,20 +84,6 @@ def max_marginal_relevance(
     return _pick(features, k, mask, importance=importance, balance=balance)
 
 
-def first_max(score: Tensor) -> Tensor:
-    """Index of the largest entry along the last dimension, the lowest one on ties, on every device.
-
-    Args:
-        score: any real dtype [..., N], no NaN.
-
-    Returns:
-        LongTensor [...].
-    """
-    n = score.shape[-1]
-    index = torch.arange(n, device=score.device)
-    return torch.where(score == score.amax(-1, keepdim=True), index, n - 1).amin(-1)
-
-
 def _pick(
     features: Tensor,
     k: int,
@@ -126,7 +94,7 @@ def _pick(
     balance: float = 0.0,
     running_sum: bool = False,
 ) -> Tensor:
-    """Check the arguments, give all of them a batch dimension, work the batch off in parts that fit."""
+    """Check the arguments, give all of them a batch dimension, and have the picks made."""
     if features.ndim not in (2, 3):
         raise ValueError(f"features must be [N, d] or [B, N, d], not {tuple(features.shape)}")
     if not features.is_floating_point():
@@ -157,109 +125,5 @@ def _pick(
     if importance is not None:
         importance = importance.detach().reshape(b, n).float().nan_to_num(nan=0.0)
 
-    part = max(1, GRAM_ENTRIES // (n * max(n, d, 1)))
-    chosen = [
-        _recursion(
-            x[s : s + part],
-            k,
-            mask[s : s + part],
-            None if start is None else start[s : s + part],
-            None if importance is None else importance[s : s + part],
-            balance,
-            running_sum,
-        )
-        for s in range(0, max(b, 1), part)
-    ]
-    picks = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+    picks = recursion.picks(x, k, mask, start, importance, balance, running_sum)
     return picks[0] if features.ndim == 2 else picks
-
-
-def _recursion(
-    x: Tensor,
-    k: int,
-    mask: Tensor,
-    start: Tensor | None,
-    importance: Tensor | None,
-    balance: float,
-    running_sum: bool,
-) -> Tensor:
-    """The readable reference of the whole family: x [B, N, d] -> picks [B, k]."""
-    b, n, _ = x.shape
-    z = _unit_integers(x)
-    all_pairs = start is None and importance is None
-    gram = n * n <= GRAM_ENTRIES and (all_pairs or n <= GRAM_ROWS_PER_PICK * k)
-    similarity = _by_gram(z) if gram else _by_product(z)
-
-    weight = 1.0 - balance if importance is not None else 1.0
-    base = balance * importance if importance is not None else torch.zeros(b, n, device=x.device)
-    base = base.masked_fill(~mask, _PADDING)
-    if start is not None:
-        pick = start
-    elif importance is not None:
-        pick = first_max(importance.masked_fill(~mask, _PADDING))
-    else:
-        pick = first_max((-_nearest(similarity, mask)).masked_fill(~mask, _PADDING))
-
-    picks = [pick]
-    penalty: Tensor | None = None
-    for _ in range(k - 1):
-        base.scatter_(1, pick[:, None], -torch.inf)
-        row = similarity(pick)
-        if penalty is None:
-            penalty = row.to(z.dtype) if running_sum else row
-        else:
-            penalty = penalty + row if running_sum else torch.maximum(penalty, row)
-        pick = first_max(torch.sub(base, penalty, alpha=weight))
-        picks.append(pick)
-    return torch.stack(picks, 1)
-
-
-def _unit_integers(x: Tensor) -> Tensor:
-    """Rows scaled to length 2**26 and rounded to integers, in float64; zero where a row has no direction."""
-    z = x.to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
-    scale = _UNIT / torch.linalg.vector_norm(z, dim=-1, keepdim=True)  # NaN, inf or 0: that row has no direction
-    usable = torch.isfinite(scale) & (scale > 0)
-    return z.mul_(scale).masked_fill_(~usable, 0.0).round_()
-
-
-# Both regimes give a function: picks LongTensor [B], or a range of tokens, to the float32 cosines [B, N], or
-# [B, range, N], of these tokens to all.
-_Similarity = Callable[[Tensor | slice], Tensor]
-
-
-def _by_gram(z: Tensor) -> _Similarity:
-    b, n, _ = z.shape
-    gram = torch.empty(b, n, n, device=z.device)
-    for s in range(0, n, BLOCK):
-        e = min(s + BLOCK, n)
-        block = (z[:, s:e] @ z[:, s:].mT).mul_(_UNIT**-2)
-        gram[:, s:e, s:] = block
-        gram[:, e:, s:e] = block[:, :, e - s :].mT
-    batch = torch.arange(b, device=z.device)
-    return lambda of: gram[:, of] if isinstance(of, slice) else gram[batch, of]
-
-
-def _by_product(z: Tensor) -> _Similarity:
-    batch = torch.arange(z.shape[0], device=z.device)
-
-    def similarity(of: Tensor | slice) -> Tensor:
-        if isinstance(of, slice):
-            return (z[:, of] @ z.mT).mul_(_UNIT**-2).float()
-        return (z @ z[batch, of][..., None])[..., 0].mul_(_UNIT**-2).float()
-
-    return similarity
-
-
-def _nearest(similarity: _Similarity, mask: Tensor) -> Tensor:
-    """Float32 [B, N]: the cosine of every token to its nearest neighbour, padding and itself left out.
-
-    Minus one, this is DivPrune's second smallest distance in a column, the smallest being the token itself.
-    """
-    n = mask.shape[1]
-    index = torch.arange(n, device=mask.device)
-    nearest = []
-    for s in range(0, n, BLOCK):
-        rows = slice(s, min(s + BLOCK, n))
-        other = (index[rows, None] != index) & mask[:, None, :]
-        nearest.append(similarity(rows).masked_fill(~other, _LONE).amax(-1))
-    return torch.cat(nearest, 1)

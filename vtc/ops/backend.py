@@ -1,0 +1,63 @@
+"""Which implementation of an op runs: the torch reference or the Triton kernel. One rule, one environment variable.
+
+Tensors on a GPU (CUDA or ROCm) go to the kernels where Triton can be imported, all others to torch.
+``VTC_BACKEND=torch`` or ``VTC_BACKEND=triton`` forces one; a forced backend that cannot run says why. On the CPU the
+kernels run only in Triton's interpreter (``TRITON_INTERPRET=1``): slow, and exactly what the tests need.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Literal
+
+import torch
+
+Backend = Literal["torch", "triton"]
+
+VARIABLE = "VTC_BACKEND"
+
+
+def backend(device: torch.device) -> Backend:
+    """The backend for tensors on ``device``.
+
+    Raises:
+        ValueError: ``VTC_BACKEND`` has an unknown value.
+        RuntimeError: ``VTC_BACKEND=triton``, but Triton is missing or cannot run on the device.
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if forced not in ("", "torch", "triton"):
+        raise ValueError(f"{VARIABLE}={forced!r} is neither 'torch' nor 'triton'; unset it to let the device decide")
+    if forced == "torch":
+        return "torch"
+    if forced == "triton":
+        _require_triton(device)
+        return "triton"
+    return "triton" if device.type == "cuda" and not _missing() else "torch"
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on, which has to be so before the kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes")
+
+
+def _require_triton(device: torch.device) -> None:
+    if reason := _missing():
+        raise RuntimeError(
+            f"{VARIABLE}=triton, but {reason}; pip install 'visual-token-compression[kernels]', or unset {VARIABLE}"
+        )
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        raise RuntimeError(
+            f"{VARIABLE}=triton, but Triton has no {device.type} backend: move the tensors to a GPU, set "
+            f"TRITON_INTERPRET=1 to interpret the kernels on the CPU, or unset {VARIABLE}"
+        )
+
+
+@functools.cache
+def _missing() -> str:
+    """Why Triton cannot be imported; empty if it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return ""

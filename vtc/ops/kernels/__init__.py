@@ -1,0 +1,1 @@
+"""The Triton kernels behind ``vtc.ops``. Nothing here is imported before a tensor needs it."""

@@ -1,0 +1,168 @@
+"""The torch reference of the greedy family: batched, free of host synchronisation, traceable into one graph.
+
+**Exact similarities.** The picks of an image must not depend on its neighbours in the batch, yet the order in which
+a matrix product adds up depends on the shape of the batch. So z is rounded to multiples of 1/UNIT (as fine as
+float32 near one) and multiplied as integers in float64: every partial sum stays below 2**53, so none is rounded, and
+every order of summation, batch shape, device and blocking gives the same bits. The result is rounded to float32 at the
+end. Float64 is also out of the reach of autocast and TF32. (Devices without float64 use float32 and lose the
+guarantee, not the function.) UNIT is the largest integer that three digits of eight bits can write, so that the
+kernels get the very same integers out of int8 matrix units.
+
+**Two regimes, same picks.** With the Gram matrix a pick is a gather of one row; without it, a matrix-vector product.
+A matrix-vector product runs at the speed of memory and costs as much as about 24 rows of the (symmetric) Gram matrix
+on the CPU we measured, so the matrix is built for N <= 24 k, and whenever the first pick needs all pairs anyway, as
+long as it has at most 2**28 entries (N = 16384). Batches above that size are worked off in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GRAM_ENTRIES = 2**28
+GRAM_ROWS_PER_PICK = 24
+BLOCK = 256
+UNIT = 127.0 * (1 + 256 + 65536)  # 8355711: three balanced digits of base 256
+_PADDING = -1e30  # the base of a padding row: below every token, above what is picked already
+_LONE = -2.0  # the similarity of a token to its nearest neighbour when it has none
+
+
+def first_max(score: Tensor) -> Tensor:
+    """Index of the largest entry along the last dimension, the lowest one on ties, on every device.
+
+    Args:
+        score: any real dtype [..., N], no NaN.
+
+    Returns:
+        LongTensor [...].
+    """
+    n = score.shape[-1]
+    index = torch.arange(n, device=score.device)
+    return torch.where(score == score.amax(-1, keepdim=True), index, n - 1).amin(-1)
+
+
+def picks(
+    x: Tensor,
+    k: int,
+    mask: Tensor,
+    start: Tensor | None,
+    importance: Tensor | None,
+    balance: float,
+    running_sum: bool,
+) -> Tensor:
+    """The first k picks of every image; arguments have been checked by ``vtc.ops.greedy``.
+
+    Args:
+        x: float [B, N, d].
+        k: 1 <= k <= N.
+        mask: bool [B, N], False for padding.
+        start: LongTensor [B], the first picks; None: the most isolated tokens, or the most important ones.
+        importance: float32 [B, N] without NaN, or None.
+        balance: weight of the importance.
+        running_sum: the penalty is a sum instead of a maximum.
+
+    Returns:
+        LongTensor [B, k], pick order.
+    """
+    b, n, d = x.shape
+    part = max(1, GRAM_ENTRIES // (n * max(n, d, 1)))
+    chosen = []
+    for s in range(0, max(b, 1), part):
+        of = slice(s, s + part)
+        first = None if start is None else start[of]
+        weights = None if importance is None else importance[of]
+        chosen.append(_picks(x[of], k, mask[of], first, weights, balance, running_sum))
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+
+
+def _picks(
+    x: Tensor,
+    k: int,
+    mask: Tensor,
+    start: Tensor | None,
+    importance: Tensor | None,
+    balance: float,
+    running_sum: bool,
+) -> Tensor:
+    """The recursion itself, for a part of the batch."""
+    b, n, _ = x.shape
+    z = _unit_integers(x)
+    all_pairs = start is None and importance is None
+    gram = n * n <= GRAM_ENTRIES and (all_pairs or n <= GRAM_ROWS_PER_PICK * k)
+    similarity = _by_gram(z) if gram else _by_product(z)
+
+    weight = 1.0 - balance if importance is not None else 1.0
+    base = balance * importance if importance is not None else torch.zeros(b, n, device=x.device)
+    base = base.masked_fill(~mask, _PADDING)
+    if start is not None:
+        pick = start
+    elif importance is not None:
+        pick = first_max(importance.masked_fill(~mask, _PADDING))
+    else:
+        pick = first_max((-_nearest(similarity, mask)).masked_fill(~mask, _PADDING))
+
+    picks = [pick]
+    penalty: Tensor | None = None
+    for _ in range(k - 1):
+        base.scatter_(1, pick[:, None], -torch.inf)
+        row = similarity(pick)
+        if penalty is None:
+            penalty = row.to(z.dtype) if running_sum else row
+        else:
+            penalty = penalty + row if running_sum else torch.maximum(penalty, row)
+        pick = first_max(torch.sub(base, penalty, alpha=weight))
+        picks.append(pick)
+    return torch.stack(picks, 1)
+
+
+def _unit_integers(x: Tensor) -> Tensor:
+    """Rows scaled to length UNIT and rounded to integers, in float64; zero where a row has no direction."""
+    z = x.to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
+    scale = UNIT / torch.linalg.vector_norm(z, dim=-1, keepdim=True)  # NaN, inf or 0: that row has no direction
+    usable = torch.isfinite(scale) & (scale > 0)
+    return z.mul_(scale).masked_fill_(~usable, 0.0).round_()
+
+
+# Both regimes give a function: picks LongTensor [B], or a range of tokens, to the float32 cosines [B, N], or
+# [B, range, N], of these tokens to all.
+_Similarity = Callable[[Tensor | slice], Tensor]
+
+
+def _by_gram(z: Tensor) -> _Similarity:
+    b, n, _ = z.shape
+    gram = torch.empty(b, n, n, device=z.device)
+    for s in range(0, n, BLOCK):
+        e = min(s + BLOCK, n)
+        block = (z[:, s:e] @ z[:, s:].mT).mul_(UNIT**-2)
+        gram[:, s:e, s:] = block
+        gram[:, e:, s:e] = block[:, :, e - s :].mT
+    batch = torch.arange(b, device=z.device)
+    return lambda of: gram[:, of] if isinstance(of, slice) else gram[batch, of]
+
+
+def _by_product(z: Tensor) -> _Similarity:
+    batch = torch.arange(z.shape[0], device=z.device)
+
+    def similarity(of: Tensor | slice) -> Tensor:
+        if isinstance(of, slice):
+            return (z[:, of] @ z.mT).mul_(UNIT**-2).float()
+        return (z @ z[batch, of][..., None])[..., 0].mul_(UNIT**-2).float()
+
+    return similarity
+
+
+def _nearest(similarity: _Similarity, mask: Tensor) -> Tensor:
+    """Float32 [B, N]: the cosine of every token to its nearest neighbour, padding and itself left out.
+
+    Minus one, this is DivPrune's second smallest distance in a column, the smallest being the token itself.
+    """
+    n = mask.shape[1]
+    index = torch.arange(n, device=mask.device)
+    nearest = []
+    for s in range(0, n, BLOCK):
+        rows = slice(s, min(s + BLOCK, n))
+        other = (index[rows, None] != index) & mask[:, None, :]
+        nearest.append(similarity(rows).masked_fill(~other, _LONE).amax(-1))
+    return torch.cat(nearest, 1)
