@@ -194,8 +194,8 @@ class VisualTokens:
     @property
     def mask(self) -> Tensor:
         """Bool [G, N]: True where there is a token, False where there is padding."""
-        lengths = torch.tensor(self.lengths).to(self.features.device, non_blocking=True)
-        return torch.arange(self.features.shape[1], device=self.features.device) < lengths[:, None]
+        device = self.features.device
+        return torch.arange(self.features.shape[1], device=device) < column(self.lengths, device)
 
     def where(self, *kinds: Kind) -> Tensor:
         """Bool [G, N]: True for the tokens inside segments of these kinds, newline tokens left out."""
@@ -239,7 +239,7 @@ class VisualTokens:
             The remaining tokens, and LongTensor [G, M]: where each of them stood (0 for padding).
         """
         layouts = tuple(layout.without_newlines() for layout in self.layouts)
-        index = torch.zeros(len(layouts), max((layout.length for layout in layouts), default=0), dtype=torch.long)
+        index = torch.zeros(len(layouts), max([0, *(layout.length for layout in layouts)]), dtype=torch.long)
         for g, layout in enumerate(self.layouts):
             newlines = set(layout.newlines())
             stays = [i for i in range(layout.length) if i not in newlines]
@@ -250,6 +250,13 @@ class VisualTokens:
         mask = tokens.mask
         signals = {name: s.gather(1, index) * mask for name, s in self.signals.items()}
         return replace(tokens, signals=signals), index
+
+
+def column(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Host integers as LongTensor [G, 1]; nothing is copied where all are equal, so that a CUDA graph can hold it."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers), 1), numbers[0], device=device)
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)[:, None]
 
 
 @dataclass(frozen=True)

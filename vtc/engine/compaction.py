@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtc.tokens import column
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -90,7 +92,7 @@ class Compaction(Columns):
         else:
             index = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - longest :]
         slot = torch.arange(longest, device=keep.device)
-        kept = torch.tensor(counts).to(keep.device, non_blocking=True)[:, None]
+        kept = column(counts, keep.device)
         valid = slot < kept if pad_right else slot >= longest - kept
         return cls(index, valid, keep, tuple(counts), tuple(dropped))
 

@@ -8,10 +8,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vtc.engine.compaction import Compaction
 from vtc.engine.locate import Encoded
+from vtc.tokens import VisualTokens
 
 if TYPE_CHECKING:
     from vtc.engine.inside import Inside
@@ -66,6 +68,7 @@ class ClsRows(list[Tensor]):
 
 
 _CLS_ROWS: ContextVar[ClsRows | None] = ContextVar("vtc_cls_rows", default=None)
+_TOKENS: ContextVar[list[VisualTokens] | None] = ContextVar("vtc_tokens", default=None)
 _BYPASS: ContextVar[bool] = ContextVar("vtc_bypass", default=False)
 
 
@@ -83,6 +86,23 @@ def recording_cls_rows() -> Iterator[ClsRows]:
 def cls_rows() -> ClsRows | None:
     """Where to put a CLS row, or ``None`` when nobody asked."""
     return _CLS_ROWS.get()
+
+
+@contextmanager
+def recording_tokens() -> Iterator[list[VisualTokens]]:
+    """Hold what the method sees of the last prompt (in this thread); outside of such a block nothing is held."""
+    seen: list[VisualTokens] = []
+    token = _TOKENS.set(seen)
+    try:
+        yield seen
+    finally:
+        _TOKENS.reset(token)
+
+
+def see_tokens(tokens: VisualTokens) -> None:
+    """Called with the visual tokens of every prompt that is planned."""
+    if not torch.compiler.is_compiling() and (seen := _TOKENS.get()) is not None:
+        seen[:] = [tokens]
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from vtc.engine.lengths import SlotMap, adopt, physical_length, slot_map
 from vtc.engine.plan import Plan, Prefill, compaction, plan
 from vtc.methods import Method
 from vtc.models import Adapter, Parts
+from vtc.tokens import column
 
 _DEEPSTACK = ("deepstack_visual_embeds", "deepstack_features")
 
@@ -168,7 +169,7 @@ class EntryStage:
             call["position_ids"] = compact.renumber(call["position_ids"], start)
         if cache is not None:
             slots = adopt(cache, batch, embeds.device)
-            dropped = torch.tensor(compact.dropped).to(embeds.device, non_blocking=True)
+            dropped = column(compact.dropped, embeds.device)[:, 0]
             slots.extend(past, compact.index, compact.valid, width, dropped, compact.holes)
 
     def _starts(self, cache: Any, past: int, new: int) -> dict[str | None, int]:

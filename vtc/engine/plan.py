@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import Frame
+from vtc.engine.context import Frame, see_tokens
 from vtc.engine.locate import Located, locate
 from vtc.methods import Method
 from vtc.tokens import VisualTokens
@@ -85,8 +85,18 @@ def plan(method: Method, frame: Frame, embeds: Tensor) -> Plan | None:
         batch_first=True,
         padding_value=embeds.shape[0] * width,
     ).to(embeds.device, non_blocking=True)
-    features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * width - 1)]
+    return decide(method, frame, images, flat, embeds)
+
+
+def decide(method: Method, frame: Frame, images: list[Located], flat: Tensor, embeds: Tensor) -> Plan:
+    """Let the method choose among the tokens of images whose places are known.
+
+    If the method does not look at the host, this and :func:`compaction` are one graph for torch.compile, and with as
+    many tokens in every image also one that a CUDA graph can hold.
+    """
+    features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * embeds.shape[1] - 1)]
     tokens = VisualTokens(features, tuple(i.layout for i in images), _ordinals(images), _signals(method, frame, images))
+    see_tokens(tokens)
     keep, counts = method.keep_mask(tokens)
     return Plan(images, keep, counts, flat)
 

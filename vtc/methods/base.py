@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtc.budget import Keep, check_keep, count
-from vtc.tokens import InsideTokens, VisualTokens
+from vtc.tokens import InsideTokens, VisualTokens, column
 
 Newlines = Literal["candidates", "keep"]
 M = TypeVar("M", bound="type[Method]")
@@ -206,8 +206,7 @@ def selection(method: Method, tokens: VisualTokens, budget: tuple[int, ...]) -> 
 def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:
     """Bool [G, n], True at the first ``budget[g]`` entries of row g of LongTensor ``picks`` [G, K]."""
     picks = picks[:, : max(budget)]
-    counts = torch.tensor(budget).to(picks.device, non_blocking=True)
-    unread = torch.arange(picks.shape[1], device=picks.device) >= counts[:, None]
+    unread = torch.arange(picks.shape[1], device=picks.device) >= column(budget, picks.device)
     return marked(picks.masked_fill(unread, -1), n)
 
 

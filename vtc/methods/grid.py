@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import Method, register_method
-from vtc.tokens import VisualTokens
+from vtc.tokens import VisualTokens, column
 
 
 @register_method
@@ -25,7 +25,6 @@ class Grid(Method):
 
     def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
         """Ascending, hence in raster order."""
-        picks = torch.zeros(len(budget), max(budget), dtype=torch.long)
-        for g, (k, n) in enumerate(zip(budget, tokens.lengths, strict=True)):
-            picks[g, :k] = (2 * torch.arange(k) + 1) * n // (2 * k)
-        return picks.to(tokens.features.device, non_blocking=True)
+        device = tokens.features.device
+        lengths, counts = column(tokens.lengths, device), column(budget, device)
+        return (2 * torch.arange(max(budget), device=device) + 1) * lengths // (2 * counts)  # read up to budget[g]
