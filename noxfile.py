@@ -1,10 +1,10 @@
-"""What CI runs: `nox` lints, then tests on the newest transformers and on the oldest one supported."""
+"""What CI runs: `nox` lints, then tests on the newest transformers, on the oldest one supported, and in lmms-eval."""
 
 import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "tests", "lmms_eval"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -23,5 +23,12 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session, transformers: str) -> None:
     """The whole test suite; arguments after `--` go to pytest."""
     session.install("--upgrade", "-c", "constraints.txt", "-e", ".[test]", transformers)
-    arguments = session.posargs or ["-q", "-n", "2"]
+    arguments = session.posargs or ["-q", "-n", "2", "--dist", "loadgroup"]
     session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
+
+
+@nox.session
+def lmms_eval(session: nox.Session) -> None:
+    """The shipped model on the shipped scenes, run by lmms-eval itself in an environment of its own."""
+    session.run("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True)
+    session.run("python", "-m", "pytest", *(session.posargs or ["-q", "-m", "lmms_eval"]), env=ONE_THREAD | OFFLINE)

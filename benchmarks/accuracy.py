@@ -29,9 +29,9 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vtc
+from vtc.profiling.provenance import provenance
 from vtc_tinyvlm import TYPES, Question
 from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
-from vtc_tinyvlm.provenance import provenance
 
 HEADLINE = "mean_without_count"
 UNPRUNED = "none"
@@ -41,6 +41,8 @@ MODELS = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next"}
 # What a registered name and a keep cannot say; keep -> method. A chain's two parts drop the same share, so that `keep`
 # is what is left at the end.
 CONFIGURATIONS: dict[str, Callable[[float], vtc.Method]] = {
+    "divprune-newlines": lambda keep: vtc.DivPrune(keep=keep, newlines="keep"),
+    "idpruner-newlines": lambda keep: vtc.IDPruner(keep=keep, newlines="keep"),
     "todre-full": lambda keep: vtc.ToDRE(keep=keep, stage2=True),
     "globalcom2-probabilities": lambda keep: vtc.GlobalCom2(keep=keep, scores="probabilities"),
     "globalcom2/divprune": lambda keep: vtc.GlobalCom2(keep=keep, selector=vtc.DivPrune()),
@@ -50,8 +52,9 @@ CONFIGURATIONS: dict[str, Callable[[float], vtc.Method]] = {
     "globalcom2+transprune": lambda keep: vtc.Chain(vtc.GlobalCom2(keep=keep**0.5), vtc.TransPrune(keep=keep**0.5)),
 }
 METHODS = "random,grid,divprune,todre,todre-full,idpruner,transprune,divprune+transprune,idpruner+transprune"
-METHODS_NEXT = (
-    METHODS + ",globalcom2,globalcom2-probabilities,globalcom2/divprune,allocate/divprune,globalcom2+transprune"
+METHODS_NEXT = METHODS + (
+    ",globalcom2,globalcom2-probabilities,globalcom2/divprune,allocate/divprune,globalcom2+transprune"
+    ",divprune-newlines,idpruner-newlines"
 )
 
 
@@ -185,7 +188,7 @@ def main(
     plan: list[tuple[str, float]] = []
     for fraction in (float(k) for k in keep.split(",")):
         plan += [(UNPRUNED, 1.0)] if fraction == 1.0 else [(m, fraction) for m in methods.split(",")]
-    source, rows = provenance() | {"vtc": getattr(vtc, "__version__", "unknown")}, []
+    source, rows = provenance(), []
     bar = tqdm(total=sum(seeds if m == "random" else 1 for m, _ in plan), desc="cells")
     for name, fraction in plan:
         runs, began = (seeds if name == "random" else 1), time.time()

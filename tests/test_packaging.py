@@ -38,7 +38,7 @@ def wheel(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("vtc", "benchmarks"):
+    for name in ("vtc", "benchmarks", "integrations"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignore)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
     subprocess.run(command, cwd=tree, check=True, env=os.environ | {"PIP_CONFIG_FILE": os.devnull})
@@ -47,7 +47,15 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_every_package_in_the_tree_is_listed():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vtc").rglob("__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"vtc_tinyvlm", "vtc_tinyvlm_next"}
+    named = {
+        "vtc_tinyvlm": "benchmarks/tinyvlm",
+        "vtc_tinyvlm_next": "benchmarks/tinyvlm_next",
+    } | {
+        f"vtc_{path.parent.name}": f"integrations/{path.parent.name}"
+        for path in ROOT.glob("integrations/*/__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | set(named)
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"vtc": "vtc"} | named
 
 
 def test_the_wheel_names_its_extras_and_few_dependencies(wheel):

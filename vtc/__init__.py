@@ -21,6 +21,7 @@ from vtc.methods.todre import ToDRE
 from vtc.methods.transprune import TransPrune
 from vtc.models import Adapter, UnsupportedModelError, list_models, register_model
 from vtc.patching import Patch, patch, unpatch
+from vtc.profiling.estimate import estimate
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "TransPrune",
     "UnsupportedModelError",
     "compress_inputs",
+    "estimate",
     "generate",
     "list_methods",
     "list_models",

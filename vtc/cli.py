@@ -1,20 +1,17 @@
-"""The `vtc` command: `demo`, `run`, `methods` and `models`.
+"""The `vtc` command: `demo`, `run`, `methods` and `models` are here, the others in vtc/commands/.
 
 Bad input ends as one line on stderr and exit code 2; `vtc --traceback ...` shows where it came from.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import json
 import re
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated
 
 try:
     import typer
@@ -23,8 +20,27 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"vtc: the command line needs {missing.name}: pip install 'visual-token-compression[cli]'")
 
-if TYPE_CHECKING:
-    from vtc.config import CompressionConfig
+from vtc.commands.estimate import estimate
+from vtc.commands.eval import evaluate
+from vtc.commands.profile import profile
+from vtc.commands.serve import PASS_ON, serve
+from vtc.commands.shared import (
+    TRACEBACK,
+    Device,
+    KeepText,
+    MethodName,
+    Options,
+    Positions,
+    build_config,
+    clear_errors,
+    parse_keep,
+    pick_device,
+)
+from vtc.commands.show import show
+from vtc.commands.sweep import sweep
+from vtc.commands.tune import tune
+
+__all__ = ["app", "main", "parse_keep"]
 
 app = typer.Typer(
     help="Prune the visual tokens of Hugging Face vision-language models.",
@@ -32,17 +48,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_show_traceback = False
-
-MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `vtc methods`.")]
-KeepText = Annotated[
-    str, typer.Option("--keep", "-k", help="0.25: a quarter of each image's tokens stays; 64: that many tokens stay.")
-]
-Options = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="An option of the method, as name=value; repeatable.")
-]
-Positions = Annotated[str, typer.Option(help="original: kept tokens keep their positions; compact: renumbered.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: a GPU where there is one.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,50 +63,16 @@ def _common(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    global _show_traceback
-    _show_traceback = traceback
+    TRACEBACK.set(traceback)
 
 
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn the errors a user can cause into one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        if _show_traceback:
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, ModuleNotFoundError):
-            message += "; pip install 'visual-token-compression[demo]' brings what the commands need"
-        typer.echo(f"vtc: {message}", err=True)
-        raise typer.Exit(2) from None
-
-
-def parse_keep(text: str) -> float | int:
-    """``"64"`` is 64 tokens, ``"0.25"`` a quarter, ``"1"`` one token and ``"1.0"`` all of them."""
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(f"--keep {text!r} is neither a fraction such as 0.25 nor a count such as 64") from None
-
-
-def build_config(method: str, keep: str, options: list[str] | None, positions: str) -> CompressionConfig:
-    """What ``--method``, ``--keep``, ``--option`` and ``--positions`` ask for."""
-    from vtc.config import CompressionConfig
-    from vtc.methods import make_method
-
-    named: dict[str, Any] = {}
-    for option in options or []:
-        key, found, value = option.partition("=")
-        if not found:
-            raise ValueError(f"--option {option!r} is not of the form name=value")
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(value)
-        named[key] = value
-    return CompressionConfig.of(make_method(method, keep=parse_keep(keep), **named), cast(Any, positions))
+app.command()(estimate)
+app.command("eval")(evaluate)
+app.command()(profile)
+app.command(context_settings=PASS_ON)(serve)
+app.command()(show)
+app.command()(sweep)
+app.command()(tune)
 
 
 def main() -> None:
@@ -128,12 +99,12 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
 ) -> None:
     """Ask any checkpoint one question about one image, pruned."""
-    with _clear_errors():
+    with clear_errors():
         config = build_config(method, keep, option, positions)
         from vtc.checkpoint import Checkpoint, open_image
 
         picture = open_image(image)
-        checkpoint = Checkpoint.load(model, device=_device(device), dtype=dtype)
+        checkpoint = Checkpoint.load(model, device=pick_device(device), dtype=dtype)
         if compare:
             whole = checkpoint.ask(picture, question, max_new_tokens=max_new_tokens)
             typer.echo(f"unpruned: {whole.text}")
@@ -165,7 +136,7 @@ def demo(
 ) -> None:
     """Compare the small model shipped with vtc, unpruned and pruned: accuracy, prefill time, tokens, cache."""
     console = Console()
-    with _clear_errors():
+    with clear_errors():
         import torch
         from transformers.utils import logging
 
@@ -180,7 +151,7 @@ def demo(
             batch=batch,
             repeats=repeats,
             overlay=out,
-            device=_device(device),
+            device=pick_device(device),
             progress=lambda message: console.print(f"[dim]{message} ...[/]"),
         )
         print_report(console, report)
@@ -201,7 +172,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this method's 
             )
         console.print(table)
         return
-    with _clear_errors():
+    with clear_errors():
         cls = method_class(name)
     options = "\n".join(f"    {field.name} = {field.default!r}" for field in dataclasses.fields(cls))
     page = "\n\n".join(
@@ -230,17 +201,6 @@ def models(
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(torch.zeros(0, device=name).device)
-    except (RuntimeError, AssertionError) as error:  # unknown, or not on this machine
-        raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def _paragraph(documented: object) -> str:

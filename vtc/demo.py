@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,9 @@ import transformers
 import vtc_tinyvlm
 from vtc.config import CompressionConfig
 from vtc.patching import patch
+from vtc.profiling.intervals import wilson
+from vtc.profiling.measure import Prefill, Spread, rounds
+from vtc.profiling.provenance import device_name
 from vtc.viz import overlay as draw
 from vtc_tinyvlm.evaluate import generate, prepare
 
@@ -45,36 +46,7 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson score interval at 95 %."""
-        return vtc_tinyvlm.wilson(self.right, self.total)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, smallest and largest of repeated measurements."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise at least one value."""
-        return cls(statistics.median(values), min(values), max(values))
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """One measured prefill: seconds and bytes of the whole batch.
-
-    Attributes:
-        total: the model's forward pass: vision tower, projector, selection and language model.
-        decoder: the part from the language model's door on: selection and language model.
-        cache_bytes: all key and value tensors held after it.
-    """
-
-    total: float
-    decoder: float
-    cache_bytes: int
+        return wilson(self.right, self.total)
 
 
 @dataclass(frozen=True)
@@ -146,12 +118,13 @@ def run_demo(
     full_answers, _ = _ask(model, processor, batches, contextlib.nullcontext)
     pruned_answers, kept = _ask(model, processor, batches, pruning)
     progress(f"timing {repeats} pairs of prefills")
-    pairs = _timed_pairs(model, batches[0], pruning, repeats)
+    plain, short = rounds(model, [(contextlib.nullcontext, batches[0]), (pruning, batches[0])], repeats)
+    pairs = list(zip(plain, short, strict=True))
 
     size = len(batches[0]["input_ids"])
     tokens = sum(int((inputs["input_ids"] == model.config.image_token_id).sum()) for inputs in batches) / len(asked)
-    full = _side(asked, full_answers, [pair[0] for pair in pairs], size, tokens)
-    pruned = _side(asked, pruned_answers, [pair[1] for pair in pairs], size, sum(map(len, kept)) / len(asked))
+    full = _side(asked, full_answers, plain, size, tokens)
+    pruned = _side(asked, pruned_answers, short, size, sum(map(len, kept)) / len(asked))
     if overlay is not None:
         overlay.parent.mkdir(parents=True, exist_ok=True)
         draw(asked[0].image, kept[0], (math.isqrt(round(tokens)),) * 2).save(overlay)
@@ -159,8 +132,8 @@ def run_demo(
         config=config,
         full=full,
         pruned=pruned,
-        speedup_total=Spread.of([before.total / after.total for before, after in pairs]),
-        speedup_decoder=Spread.of([before.decoder / after.decoder for before, after in pairs]),
+        speedup_total=Spread.range([before.total / after.total for before, after in pairs]),
+        speedup_decoder=Spread.range([_decoder(before) / _decoder(after) for before, after in pairs]),
         batch=size,
         repeats=repeats,
         question=asked[0].prompt.replace(processor.image_token, "").strip(),
@@ -183,66 +156,21 @@ def _ask(
     return answers, kept
 
 
-def _timed_pairs(
-    model: Any, inputs: dict[str, torch.Tensor], pruning: Callable[[], Any], repeats: int
-) -> list[tuple[Prefill, Prefill]]:
-    """Pairs (unpruned, pruned), the first of each pair taking turns; one pair before them warms up and is dropped."""
-    pairs = []
-    for turn in range(repeats + 1):
-        found: dict[bool, Prefill] = {}
-        for prune in (False, True) if turn % 2 else (True, False):
-            with pruning() if prune else contextlib.nullcontext():
-                found[prune] = _prefill(model, inputs)
-        pairs.append((found[False], found[True]))
-    return pairs[1:]
-
-
-@torch.inference_mode()
-def _prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Prefill:
-    """Time one prefill, in whole and from the language model's door on."""
-    with _door(model.get_decoder()) as entered:
-        _synchronize(model.device)
-        start = time.perf_counter()
-        outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-        _synchronize(model.device)
-        stop = time.perf_counter()
-    layers = outputs.past_key_values.layers
-    return Prefill(
-        stop - start, stop - entered[0], sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
-    )
-
-
-@contextlib.contextmanager
-def _door(decoder: torch.nn.Module) -> Iterator[list[float]]:
-    """Note when the decoder is entered, ahead of every hook on it (so that selection counts as the decoder's)."""
-    entered: list[float] = []
-
-    def note(module: torch.nn.Module, args: Any) -> None:
-        _synchronize(next(module.parameters()).device)
-        entered.append(time.perf_counter())
-
-    hook = decoder.register_forward_pre_hook(note, prepend=True)
-    try:
-        yield entered
-    finally:
-        hook.remove()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _side(asked: Sequence[Any], answers: list[str], prefills: list[Prefill], size: int, tokens: float) -> Side:
     """Summarise one way of running; ``size`` is the batch of the timed prefills."""
     return Side(
         accuracy=_accuracy(asked, answers),
         answers=answers,
-        total=Spread.of([p.total for p in prefills]),
-        decoder=Spread.of([p.decoder for p in prefills]),
+        total=Spread.range([p.total for p in prefills]),
+        decoder=Spread.range([_decoder(p) for p in prefills]),
         cache_bytes=prefills[0].cache_bytes / size,
         tokens=tokens,
     )
+
+
+def _decoder(prefill: Prefill) -> float:
+    """Seconds of selection and language model."""
+    return prefill.select + prefill.prefill
 
 
 def _accuracy(asked: Sequence[Any], answers: list[str]) -> dict[str, Accuracy]:
@@ -255,10 +183,4 @@ def _accuracy(asked: Sequence[Any], answers: list[str]) -> dict[str, Accuracy]:
 
 def _machine(device: torch.device) -> str:
     """What the timing ran on."""
-    threads = torch.get_num_threads()
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device}, {threads} thread" + "s" * (threads > 1)
-    )
-    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device_name(device)}, torch {torch.__version__}, transformers {transformers.__version__}"

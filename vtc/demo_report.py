@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from vtc.demo import Accuracy, Report, Spread
+from vtc.demo import Accuracy, Report
+from vtc.profiling.measure import Spread
 
 
 def _percent(accuracy: Accuracy, form: str = "{} [dim]({})[/]") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from vtc.engine.taps import CLS_TAPS
 from vtc.methods import Method, make_method
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import MODALITIES
+from vtc.profiling.costs import Decoder
 from vtc.report import Report
 from vtc.tokens import Layout
 
@@ -94,8 +96,10 @@ class Patch:
         given = [0] * len(last.lengths)
         for image in last.plan.images:
             given[image.row] += image.layout.length
-        stages = [(after, [sum(map(len, images)) for images in kept]) for after, kept in last.kept()]
-        return Report.of(self.stage.parts.decoder.config, last.lengths, given, stages)
+        kept = last.kept()
+        stages = [(after, [sum(map(len, images)) for images in samples]) for after, samples in kept]
+        report = Report.of(Decoder.of(self.stage.parts.decoder), last.lengths, given, stages)
+        return dataclasses.replace(report, layouts=self.last_layouts or [], stages=kept)
 
     @property
     def last_layouts(self) -> list[list[Layout]] | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vtc.profiling.costs import Decoder
+from vtc.tokens import Layout
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class Report:
         text_tokens: other tokens of the prompt.
         flops: of the language model's layers for this prompt, in FLOPs (two per multiply-add; causal attention).
         flops_unpruned: the same without pruning.
+        layouts: structure of each sample's images, as ``p.last_layouts``; for the cells that a notebook shows.
+        stages: what was kept of them, as ``p.last_stages``.
     """
 
     visual_tokens: float
@@ -24,6 +30,8 @@ class Report:
     text_tokens: float
     flops: float
     flops_unpruned: float
+    layouts: Sequence[Sequence[Layout]] = field(default=(), repr=False, compare=False)
+    stages: Sequence[tuple[int, Sequence[Sequence[Tensor]]]] = field(default=(), repr=False, compare=False)
 
     @property
     def average_keep(self) -> float:
@@ -32,26 +40,29 @@ class Report:
 
     @classmethod
     def of(
-        cls, config: Any, lengths: Sequence[int], given: Sequence[int], stages: Sequence[tuple[int, Sequence[int]]]
+        cls, decoder: Decoder, lengths: Sequence[int], given: Sequence[int], stages: Sequence[tuple[int, Sequence[int]]]
     ) -> Report:
         """From host integers.
 
         Args:
-            config: of the decoder.
+            decoder: what its layers cost.
             lengths: tokens of each sample's prompt.
             given: visual tokens of each sample.
             stages: (layers run before, visual tokens of each sample from there on), the first with 0 layers.
         """
-        depth = config.num_hidden_layers
+        layers = decoder.layers
         rows = [row for row, count in enumerate(given) if count]
-        present = [next(counts for after, counts in reversed(stages) if after <= layer) for layer in range(depth)]
+        present = [next(counts for after, counts in reversed(stages) if after <= layer) for layer in range(len(layers))]
 
         def mean(values: Sequence[float]) -> float:
             return sum(values[row] for row in rows) / len(rows)
 
         text = [n - v for n, v in zip(lengths, given, strict=True)]
-        cost = [sum(layer_flops(config, text[row] + layer[row]) for layer in present) for row in range(len(given))]
-        full = [depth * layer_flops(config, n) for n in lengths]
+        cost = [
+            sum(layer.flops(text[row] + counts[row]) for layer, counts in zip(layers, present, strict=True))
+            for row in range(len(given))
+        ]
+        full = [sum(layer.flops(n) for layer in layers) for n in lengths]
         return cls(mean(given), tuple(mean(layer) for layer in present), mean(text), mean(cost), mean(full))
 
     def __str__(self) -> str:
@@ -66,11 +77,8 @@ class Report:
             f"({self.flops / self.flops_unpruned:.1%})"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a bar for each run of equal layers, and the kept tokens as cells."""
+        from vtc.viz.page import report_html
 
-def layer_flops(config: Any, n: int) -> float:
-    """FLOPs of one dense decoder layer over n tokens: projections, gated MLP, causal attention."""
-    width, heads = config.hidden_size, config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    head = getattr(config, "head_dim", None) or width // heads
-    per_token = 2 * (2 * width * heads * head + 2 * width * groups * head + 3 * width * config.intermediate_size)
-    return per_token * n + 2 * n * n * heads * head
+        return report_html(self)

@@ -8,7 +8,7 @@ from .data import SPLITS, Question, dataset, evaluation_questions, split_questio
 from .model import CHECKPOINT, load
 from .questions import TYPES
 from .scenes import Scene, render, sample_scene
-from .scoring import is_correct, is_exact, wilson
+from .scoring import is_correct, is_exact
 
 __all__ = [
     "CHECKPOINT",
@@ -24,5 +24,4 @@ __all__ = [
     "render",
     "sample_scene",
     "split_questions",
-    "wilson",
 ]

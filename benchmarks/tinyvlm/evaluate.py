@@ -14,11 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
+from vtc.profiling.intervals import wilson
+from vtc.profiling.provenance import provenance
+
 from .data import Question, split_questions
 from .model import CHECKPOINT, load
-from .provenance import provenance
 from .questions import TYPES
-from .scoring import is_correct, is_exact, wilson
+from .scoring import is_correct, is_exact
 
 SCORES = {"answer": is_correct, "exact": is_exact}
 

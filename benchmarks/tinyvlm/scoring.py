@@ -1,8 +1,6 @@
-"""Answer scoring and intervals."""
+"""Answer scoring."""
 
 from __future__ import annotations
-
-import math
 
 
 def is_correct(generated_text: str, answer: str) -> bool:
@@ -14,14 +12,3 @@ def is_correct(generated_text: str, answer: str) -> bool:
 def is_exact(generated_text: str, answer: str) -> bool:
     """Is the generated text, up to the end token, the answer and nothing else? Needs a model that stops by itself."""
     return generated_text.strip().lower() == answer.lower()
-
-
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion."""
-    if total == 0:
-        return 0.0, 1.0
-    p = right / total
-    centre = p + z * z / (2 * total)
-    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

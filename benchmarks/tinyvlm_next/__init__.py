@@ -3,7 +3,7 @@ questions about larger pictures whose details only the crops show. See README.md
 """
 
 from vtc_tinyvlm.questions import TYPES
-from vtc_tinyvlm.scoring import is_correct, is_exact, wilson
+from vtc_tinyvlm.scoring import is_correct, is_exact
 
 from .data import SPLITS, dataset, evaluation_questions, split_questions
 from .model import CHECKPOINT, load
@@ -20,5 +20,4 @@ __all__ = [
     "load",
     "sample_scene",
     "split_questions",
-    "wilson",
 ]

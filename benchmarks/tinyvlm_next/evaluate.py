@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vtc.profiling.provenance import provenance
 from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
-from vtc_tinyvlm.provenance import provenance
 from vtc_tinyvlm.questions import TYPES
 
 from .data import split_questions

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtc.ops.gather import gather_columns
 from vtc.tokens import column
 
 
@@ -33,12 +34,14 @@ class Columns:
 
     def sequence(self, tensor: Tensor) -> Tensor:
         """[B, N, ...] → [B, M, ...]. A bool tensor is False at holes."""
-        index = self.index.to(tensor.device)
-        index = index.reshape(*index.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
-        picked = tensor.gather(1, index)
-        if picked.dtype == torch.bool and picked.dim() == 2:
-            picked = picked & self.valid.to(picked.device)
-        return picked
+        return self.sequences(tensor)[0]
+
+    def sequences(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same for several tensors at once."""
+        return tuple(
+            x & self.valid.to(x.device) if x.dtype == torch.bool and x.dim() == 2 else x
+            for x in gather_columns(tensors, self.index)
+        )
 
     def labels(self, labels: Tensor, ignore: int = -100) -> Tensor:
         """Labels [B, N] → [B, M], ``ignore`` at holes."""

@@ -158,11 +158,15 @@ class EntryStage:
             self.parts, call.get("attention_mask"), frame.mask, compact, cache, past
         )
         self._deepstack(call, frame, compact)
-        for name, value in call.items():
-            if name in ("attention_mask", "position_ids", "past_key_values"):
-                continue
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (batch, width):
-                call[name] = compact.sequence(value)
+        aligned = {
+            name: value
+            for name, value in call.items()
+            if name not in ("attention_mask", "position_ids", "past_key_values")
+            and isinstance(value, Tensor)
+            and value.dim() > 1
+            and value.shape[:2] == (batch, width)
+        }
+        call |= zip(aligned, compact.sequences(*aligned.values()), strict=True)
         call["position_ids"] = compact.positions(ids)
         if self.positions == "compact":
             start = compact.first_position(ids, frame.mask)

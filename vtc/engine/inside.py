@@ -166,8 +166,8 @@ class Inside:
             signals,
         )
 
-    def drop(self, keep: Tensor, kept: tuple[int, ...]) -> Compaction:
-        """Forget what the method did not keep; the columns that stay, counted among the present ones."""
+    def drop(self, keep: Tensor, kept: tuple[int, ...], hidden: Tensor) -> tuple[bool, Tensor]:
+        """Forget what the method did not keep; whether that left holes, and hidden states [B, M, d] without it."""
         batch, length = self.index.shape
         gone = torch.zeros(batch * length + 1, dtype=torch.bool, device=self.index.device)
         gone = gone.scatter(0, self.where.flatten(), ~keep.flatten())[:-1].view(batch, length)
@@ -176,10 +176,10 @@ class Inside:
             dropped[image.row] += before - after
         counts = [n - d for n, d in zip(self.counts, dropped, strict=True)]
         compact = Compaction.of(self.valid & ~gone, counts, dropped, self.pad_right)
-        self.index, self.relative = self.index.gather(1, compact.index), self.relative.gather(1, compact.index)
+        hidden, self.index, self.relative = compact.sequences(hidden, self.index, self.relative)
         self.valid, self.counts = compact.valid, counts
         self.alive, self.alive_counts = self.alive & keep, kept
         self.where = self._locate()
         self.masks.clear()
         self.rotary.clear()
-        return compact
+        return compact.holes, hidden

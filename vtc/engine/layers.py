@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import modeling_layers
 
 from vtc.engine import taps
-from vtc.engine.compaction import Columns, Compaction
+from vtc.engine.compaction import Columns
 from vtc.engine.context import FRAME, Frame, is_bypassed
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, physical_length, slot_map, stage_of
@@ -92,8 +92,7 @@ class LayerStages:
         if index in self.row_layers:
             inside.rows[index] = self._rows(index, layer, frame, shortened)
         if stage is not None and stage.after == index:
-            compact = self._drop(index, frame, shortened)
-            call.hidden = compact.sequence(shortened.hidden)
+            call.hidden = self._drop(index, frame, shortened)
             shortened = self._fitted(index, frame, call)
         elif shortened is call:
             return None
@@ -128,7 +127,8 @@ class LayerStages:
 
     # -- a stage --------------------------------------------------------------------------------------------------
 
-    def _drop(self, index: int, frame: Frame, call: _Call) -> Compaction:
+    def _drop(self, index: int, frame: Frame, call: _Call) -> Tensor:
+        """Let the method's next stage choose; the hidden states of what stays."""
         inside = frame.inside
         assert inside is not None
         stage = self.stages[inside.stages_done]
@@ -143,14 +143,13 @@ class LayerStages:
         keep, counts = self.method.keep_inside(inside.stages_done, inside.tokens(call.hidden, signals))
         cache = call.kwargs.get("past_key_values")
         inside.past, inside.head = self._stored(index, frame, cache)
-        compact = inside.drop(keep, counts)
+        holes, hidden = inside.drop(keep, counts, call.hidden)
         inside.stages_done += 1
         inside.history.append(Passed(inside.index, inside.valid, index, inside.alive))
         if (slots := slot_map(cache, index)) is not None:
             dropped = torch.tensor([n - c for n, c in zip(inside.lengths, inside.counts, strict=True)])
-            holes = compact.holes
             slots.extend(inside.past, inside.index, inside.valid, inside.width, dropped.to(slots.dropped.device), holes)
-        return compact
+        return hidden
 
     def _stored(self, index: int, frame: Frame, cache: Any) -> tuple[int, Tensor | None]:
         """How many keys a layer stored before this call, and which of them are no padding (``None``: all)."""
@@ -176,7 +175,7 @@ class LayerStages:
         rotary = call.kwargs["position_embeddings"]
         if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
             parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
-            inside.rotary[id(rotary)] = tuple(present.sequence(part) for part in parts)
+            inside.rotary[id(rotary)] = present.sequences(*parts)
         kwargs["position_embeddings"] = inside.rotary[id(rotary)]
         kwargs["position_ids"] = None
         kwargs["attention_mask"] = self._mask(index, frame, call)
@@ -221,8 +220,8 @@ class LayerStages:
         if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
             start = self._start(index, inside, cache, past)
             prepared = given[..., start : start + inside.index.shape[1]]
-        attend = functools.partial(
-            taps.attention_rows,
+        rows_at = functools.partial(
+            taps.Rows.of,
             layer,
             call.hidden.detach(),
             call.kwargs["position_embeddings"],
@@ -235,18 +234,19 @@ class LayerStages:
         text, longest = inside.text_behind()
         signals: dict[str, Tensor] = {}
         if wanted - {"visual_to_text"}:
-            weights, rows = attend(text, longest)  # [B, T, M]
-            mean = (weights * rows[..., None]).sum(1) / rows.sum(1, keepdim=True).clamp(min=1)
-            signals["instruction"] = inside.per_token(mean)
-            signals["last"] = inside.per_token(weights[:, -1])
-            signals["text_to_visual"] = inside.per_image((mean * visual).sum(1))
+            rows = rows_at(text, longest)
+            if "last" in wanted:
+                signals["last"] = inside.per_token(rows.last())
+            if wanted & {"instruction", "text_to_visual"}:
+                mean = rows.mean()
+                signals["instruction"] = inside.per_token(mean)
+                signals["text_to_visual"] = inside.per_image((mean * visual).sum(1))
         if "visual_to_text" in wanted:
             if prepared is None:  # causal, and the text is behind: nothing to see
                 signals["visual_to_text"] = inside.per_image(torch.zeros(len(text), device=text.device))
             else:
-                weights, rows = attend(visual, max(inside.seen_by_row()))
-                share = (weights * text[:, None]).sum(2)
-                signals["visual_to_text"] = inside.per_image((share * rows).sum(1) / rows.sum(1).clamp(min=1))
+                mean = rows_at(visual, max(inside.seen_by_row())).mean()
+                signals["visual_to_text"] = inside.per_image((mean * text).sum(1))
         return {name: signals[name] for name in wanted}
 
     def _start(self, index: int, inside: Inside, cache: Any, past: int) -> int:

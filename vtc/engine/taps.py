@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtc.engine.context import cls_rows
+from vtc.ops.gather import gather_columns
+from vtc.ops.scores import row_attention
 
 
 def cls_row(attention: nn.Module, hidden: Tensor) -> Tensor:
@@ -64,63 +67,107 @@ CLS_TAPS = {"cls": tap_cls, "cls_logits": tap_cls_logits}
 """By signal, the hook that hears it."""
 
 ROW_SIGNALS = frozenset({"instruction", "last", "text_to_visual", "visual_to_text"})
-_BLOCK = 64  # rows at a time: memory stays O(rows of a block x keys) per head
 
 
-def attention_rows(
-    layer: nn.Module,
-    hidden: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    which: Tensor,
-    longest: int,
-    *,
-    keys: Tensor | None,
-    valid: Tensor,
-    prepared: Tensor | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of some rows of one decoder layer, averaged over heads: its own norm, q, k and RoPE.
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one decoder layer's attention, from its own norm, q, k and RoPE; nothing is attended to yet.
 
-    Args:
-        layer: the decoder layer.
-        hidden: [B, M, d], what enters it.
-        rotary: cos and sin of the M columns, as the layer gets them.
-        which: bool [B, M], the rows wanted.
-        longest: the most rows any sample wants (host integer).
-        keys: [B, Hkv, P, dh], keys stored before, after RoPE, or ``None``.
+    Attributes:
+        attention: the layer's self-attention.
+        query: [B, H, T, dh], after RoPE. T is 1 where no sample wants any.
+        key: [B, Hkv, P + M, dh], keys stored before and those of the columns, after RoPE.
+        there: bool [B, T], which rows are wanted. They stand at the end, in order.
+        position: LongTensor [B, T], where they are among the keys.
         valid: bool [B, P + M], keys that are no padding.
-        prepared: 4-D mask over the M columns to obey instead of causality (prefix-LM families).
+        allowed: bool [B, T, P + M] to obey instead of causality, or ``None``.
         window: how many keys back the layer looks, ``None`` for all.
-
-    Returns:
-        float32 [B, T, M], T = max(1, longest): attention to the M columns (the softmax runs over the P stored keys
-        too); and bool [B, T], which rows are there. They stand at the end, in order.
+        past: P.
     """
-    attention = layer.self_attn
-    rows = max(1, longest)
-    index = which.to(torch.int8).argsort(dim=1, stable=True)[:, -rows:]
-    there = which.gather(1, index)
-    x = layer.input_layernorm(hidden)
-    cos, sin = (part.expand(len(x), -1, -1) for part in rotary)
 
-    def at_rows(tensor: Tensor) -> Tensor:
-        return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+    attention: nn.Module
+    query: Tensor
+    key: Tensor
+    there: Tensor
+    position: Tensor
+    valid: Tensor
+    allowed: Tensor | None
+    window: int | None
+    past: int
 
-    query = _rotate(attention, _heads(attention, at_rows(x), "q"), at_rows(cos), at_rows(sin))
-    key = _rotate(attention, _heads(attention, x, "k"), cos, sin)
-    past = 0 if keys is None else keys.shape[2]
-    if keys is not None:
-        key = torch.cat([keys.to(key.dtype), key], dim=2)
-    allowed = valid[:, None] & _reach(index, past, key.shape[2], window)
-    if prepared is not None:
-        own = prepared.expand(len(x), -1, -1, -1)[:, 0].gather(1, index[..., None].expand(-1, -1, prepared.shape[-1]))
-        own = own if own.dtype == torch.bool else own == 0
-        allowed = valid[:, None] & torch.nn.functional.pad(own, (past, 0), value=True)
-    weights = [
-        _softmax_rows(attention, q, key, a)[..., past:]
-        for q, a in zip(query.split(_BLOCK, dim=2), allowed.split(_BLOCK, dim=1), strict=True)
-    ]
-    return torch.cat(weights, dim=1), there
+    @classmethod
+    def of(
+        cls,
+        layer: nn.Module,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        which: Tensor,
+        longest: int,
+        *,
+        keys: Tensor | None,
+        valid: Tensor,
+        prepared: Tensor | None,
+        window: int | None,
+    ) -> Rows:
+        """Project them.
+
+        Args:
+            layer: the decoder layer.
+            hidden: [B, M, d], what enters it.
+            rotary: cos and sin of the M columns, as the layer gets them.
+            which: bool [B, M], the rows wanted.
+            longest: the most rows any sample wants (host integer).
+            keys: [B, Hkv, P, dh], keys stored before, after RoPE, or ``None``.
+            valid: bool [B, P + M], keys that are no padding.
+            prepared: 4-D mask over the M columns to obey instead of causality (prefix-LM families).
+            window: how many keys back the layer looks, ``None`` for all.
+        """
+        attention = layer.self_attn
+        index = which.to(torch.int8).argsort(dim=1, stable=True)[:, -max(1, longest) :]
+        x = layer.input_layernorm(hidden)
+        cos, sin = (part.expand(len(x), -1, -1) for part in rotary)
+        rows, row_cos, row_sin = gather_columns((x, cos, sin), index)
+        query = _rotate(attention, _heads(attention, rows, "q"), row_cos, row_sin)
+        key = _rotate(attention, _heads(attention, x, "k"), cos, sin)
+        past = 0 if keys is None else keys.shape[2]
+        if keys is not None:
+            key = torch.cat([keys.to(key.dtype), key], dim=2)
+        allowed = None
+        if prepared is not None:
+            own = prepared.expand(len(x), -1, -1, -1)[:, 0]
+            own = own.gather(1, index[..., None].expand(-1, -1, own.shape[-1]))
+            own = own if own.dtype == torch.bool else own == 0
+            allowed = torch.nn.functional.pad(own, (past, 0), value=True)
+        there = which.gather(1, index)
+        return cls(attention, query, key, there, index + past, valid, allowed, window, past)
+
+    def mean(self) -> Tensor:
+        """float32 [B, M]: attention to the M columns, averaged over heads and rows that are there.
+
+        The softmax runs over the stored keys too.
+        """
+        return self._attend(slice(None), self.there)
+
+    def last(self) -> Tensor:
+        """The same of the last row alone, which is the last column where none is wanted."""
+        return self._attend(slice(-1, None), None)
+
+    def _attend(self, rows: slice, counted: Tensor | None) -> Tensor:
+        position, length = self.position[:, rows], self.key.shape[2]
+        if self.allowed is not None:  # says it all
+            position = torch.full_like(position, length - 1)
+        weights = row_attention(
+            self.query[:, :, rows],
+            self.key,
+            self.attention.scaling,
+            position=position,
+            counted=counted,
+            mask=self.valid,
+            allowed=None if self.allowed is None else self.allowed[:, rows],
+            window=self.window if self.allowed is None else None,
+            cap=getattr(self.attention, "attn_logit_softcapping", None),
+        )
+        return weights[:, self.past :]
 
 
 def stored_keys(cache: Any, index: int, past: int) -> Tensor | None:
@@ -143,20 +190,3 @@ def _rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     if len([p for p in inspect.signature(apply).parameters if p in ("q", "k")]) == 2:
         return apply(x, x, cos, sin)[0]
     return apply(x, cos, sin)
-
-
-def _reach(index: Tensor, past: int, keys: int, window: int | None) -> Tensor:
-    """Bool [B, T, keys]: what causality, and a window, let each row see."""
-    distance = (index + past)[..., None] - torch.arange(keys, device=index.device)
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-
-def _softmax_rows(attention: nn.Module, query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
-    """[B, H, T, dh] x [B, Hkv, L, dh] → float32 [B, T, L], the mean over heads."""
-    batch, heads, rows, width = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, width)  # the query heads of a group share its keys
-    scores = (grouped @ key.transpose(2, 3)).float().reshape(batch, heads, rows, -1) * attention.scaling
-    if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
-        scores = cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
-    return scores.softmax(-1).mean(1)

@@ -135,7 +135,7 @@ class Allocate(Allocator):
     ``vtc.GlobalCom2(selector=...)`` is its allocation with any selector. Newlines always stay.
 
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,textvqa_val,pope,mme --model_args
-    base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,vtc_method=allocate,vtc_keep=0.25
+    base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,method=allocate,keep=0.25
 
     Attributes:
         by: what has a budget of its own.

@@ -33,7 +33,7 @@ class Chain(Method):
     accuracy.
 
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,textvqa_val,pope,mme --model_args
-    base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,vtc_method=chain,vtc_keep=0.5
+    base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,method=chain,keep=0.5
 
     Attributes:
         first: chooses before the language model.

@@ -36,7 +36,7 @@ class DivPrune(Method):
     (64.09), ScienceQA 68.27 (69.41). To repeat it:
 
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,pope,mmbench_en_dev,mme,scienceqa_img
-    --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,vtc_method=divprune,vtc_keep=0.098
+    --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,method=divprune,keep=0.098
     """
 
     name: ClassVar[str] = "divprune"

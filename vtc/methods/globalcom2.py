@@ -57,7 +57,7 @@ class GlobalCom2(Allocator):
     benchmarks (at 25 %: GQA 61.5, TextVQA 60.9, POPE 87.6, MME 1493.5). To repeat it:
 
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,textvqa_val,pope,mme,vqav2_val,scienceqa_img
-    --model_args base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,vtc_method=globalcom2,vtc_keep=0.25
+    --model_args base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,method=globalcom2,keep=0.25
 
     Attributes:
         scores: ``logits``, ``probabilities`` or ``distance`` (minus the cosine to the mean); ``None``: logits where

@@ -40,7 +40,7 @@ class IDPruner(Method):
     benchmarks, with trained weights; balance 0.1 gives 90.78, 0.9 gives 94.97 (at 25 %). To repeat it without them:
 
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks ai2d,chartqa,docvqa_val,mmbench_en_dev,mme,pope
-    --model_args base=qwen2_5_vl,pretrained=Qwen/Qwen2.5-VL-7B-Instruct,vtc_method=idpruner,vtc_keep=0.25
+    --model_args base=qwen2_5_vl,pretrained=Qwen/Qwen2.5-VL-7B-Instruct,method=idpruner,keep=0.25
 
     and with them: ``vtc.patch(model, vtc.IDPruner(keep=0.25, importance=vtc.SelectorWeights(folder)))``.
 

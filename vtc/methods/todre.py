@@ -50,7 +50,7 @@ class ToDRE(Method):
     benchmarks. Stage 2 adds little: at 10 % a run of 31:18 becomes 29:43. To repeat it:
 
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks mme,scienceqa_img,gqa,pope,mmbench_en_dev,vizwiz_vqa_val
-    --model_args base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,vtc_method=todre,vtc_keep=0.1
+    --model_args base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,method=todre,keep=0.1
 
     Attributes:
         variant: ``max_sum`` or ``k_center``.

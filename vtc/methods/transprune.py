@@ -49,7 +49,7 @@ class TransPrune(Method):
     57.8, POPE 85.0, MME 1540). To repeat it:
 
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks mme,vqav2_val,seedbench,textvqa_val,pope,gqa
-    --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,vtc_method=transprune,vtc_keep=0.125
+    --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,method=transprune,keep=0.125
 
     Attributes:
         layers: how many layers run before each stage; ``None``: the published ones, scaled to the model's depth.

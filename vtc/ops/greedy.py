@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops import recursion
+from vtc.ops.backend import backend
 
 
 def farthest_first(
@@ -106,6 +107,9 @@ def _pick(
         raise TypeError(f"mask must be bool, not {mask.dtype}")
     if mask is not None and mask.shape != features.shape[:-1]:
         raise ValueError(f"mask {tuple(mask.shape)} does not fit features {tuple(features.shape)}")
+    for name, given in (("mask", mask), ("importance", importance)):
+        if given is not None and given.device != features.device:
+            raise ValueError(f"{name} is on {given.device}, features are on {features.device}; move one to the other")
 
     x = features.detach().reshape(-1, n, d)
     b = x.shape[0]
@@ -125,5 +129,10 @@ def _pick(
     if importance is not None:
         importance = importance.detach().reshape(b, n).float().nan_to_num(nan=0.0)
 
-    picks = recursion.picks(x, k, mask, start, importance, balance, running_sum)
+    if backend(x.device) == "triton":
+        from vtc.ops.kernels import greedy as kernels
+
+        picks = kernels.picks(x, k, mask, start, importance, balance, running_sum)
+    else:
+        picks = recursion.picks(x, k, mask, start, importance, balance, running_sum)
     return picks[0] if features.ndim == 2 else picks

@@ -12,6 +12,8 @@ kernels get the very same integers out of int8 matrix units.
 A matrix-vector product runs at the speed of memory and costs as much as about 24 rows of the (symmetric) Gram matrix
 on the CPU we measured, so the matrix is built for N <= 24 k, and whenever the first pick needs all pairs anyway, as
 long as it has at most 2**28 entries (N = 16384). Batches above that size are worked off in parts.
+
+Large images in eager CPU tensors take a third way to the same picks, which branches on values: ``vtc.ops.cpu``.
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vtc.ops import cpu
+
 GRAM_ENTRIES = 2**28
 GRAM_ROWS_PER_PICK = 24
 BLOCK = 256
+CACHED = 32  # rows that stay in the cache while they are scaled
 UNIT = 127.0 * (1 + 256 + 65536)  # 8355711: three balanced digits of base 256
+LAZY_TOKENS = 1536  # with fewer, the lazy picks of vtc.ops.cpu cost more than they skip
+LAZY_SHARE = 1 / 4  # of the tokens picked; above it they skip too little
 _PADDING = -1e30  # the base of a padding row: below every token, above what is picked already
 _LONE = -2.0  # the similarity of a token to its nearest neighbour when it has none
 
@@ -67,13 +74,17 @@ def picks(
         LongTensor [B, k], pick order.
     """
     b, n, d = x.shape
-    part = max(1, GRAM_ENTRIES // (n * max(n, d, 1)))
+    lazy = _lazy(x, k, running_sum)
+    part = 1 if lazy else max(1, GRAM_ENTRIES // (n * max(n, d, 1)))
     chosen = []
     for s in range(0, max(b, 1), part):
         of = slice(s, s + part)
         first = None if start is None else start[of]
         weights = None if importance is None else importance[of]
-        chosen.append(_picks(x[of], k, mask[of], first, weights, balance, running_sum))
+        if lazy:
+            chosen.append(_lazy_picks(x[of], k, mask[of], first, weights, balance))
+        else:
+            chosen.append(_picks(x[of], k, mask[of], first, weights, balance, running_sum))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
@@ -87,20 +98,15 @@ def _picks(
     running_sum: bool,
 ) -> Tensor:
     """The recursion itself, for a part of the batch."""
-    b, n, _ = x.shape
+    n = x.shape[1]
     z = _unit_integers(x)
     all_pairs = start is None and importance is None
     gram = n * n <= GRAM_ENTRIES and (all_pairs or n <= GRAM_ROWS_PER_PICK * k)
     similarity = _by_gram(z) if gram else _by_product(z)
 
-    weight = 1.0 - balance if importance is not None else 1.0
-    base = balance * importance if importance is not None else torch.zeros(b, n, device=x.device)
-    base = base.masked_fill(~mask, _PADDING)
-    if start is not None:
-        pick = start
-    elif importance is not None:
-        pick = first_max(importance.masked_fill(~mask, _PADDING))
-    else:
+    base, weight = _terms(mask, importance, balance)
+    pick = _given_first(mask, start, importance)
+    if pick is None:
         pick = first_max((-_nearest(similarity, mask)).masked_fill(~mask, _PADDING))
 
     picks = [pick]
@@ -115,6 +121,42 @@ def _picks(
         pick = first_max(torch.sub(base, penalty, alpha=weight))
         picks.append(pick)
     return torch.stack(picks, 1)
+
+
+def _terms(mask: Tensor, importance: Tensor | None, balance: float) -> tuple[Tensor, float]:
+    """Base of every token, float32 [B, N], and the weight of the penalty."""
+    base = balance * importance if importance is not None else torch.zeros(mask.shape, device=mask.device)
+    return base.masked_fill(~mask, _PADDING), 1.0 - balance if importance is not None else 1.0
+
+
+def _given_first(mask: Tensor, start: Tensor | None, importance: Tensor | None) -> Tensor | None:
+    """The first picks, LongTensor [B], where no similarity is needed for them."""
+    if start is not None or importance is None:
+        return start
+    return first_max(importance.masked_fill(~mask, _PADDING))
+
+
+def _lazy(x: Tensor, k: int, running_sum: bool) -> bool:
+    """Whether ``vtc.ops.cpu`` makes the picks: it branches on values, so it is for eager tensors on the CPU."""
+    if x.device.type != "cpu" or running_sum or torch.compiler.is_compiling():
+        return False
+    b, n, d = x.shape
+    return min(b, d) > 0 and n >= LAZY_TOKENS and k <= n * LAZY_SHARE and cpu.exact_float32()
+
+
+def _lazy_picks(
+    x: Tensor, k: int, mask: Tensor, start: Tensor | None, importance: Tensor | None, balance: float
+) -> Tensor:
+    """The picks of one image by ``vtc.ops.cpu``, or by the recursion above if no token can be ruled out cheaply."""
+    z = torch.empty(x.shape[1:], device=x.device, dtype=torch.float32)
+    for s in range(0, len(z), CACHED):
+        z[s : s + CACHED] = _unit_integers(x[0, s : s + CACHED])
+    given = _given_first(mask, start, importance)
+    first = cpu.most_isolated(z, UNIT**-2, mask[0]) if given is None else int(given)
+    if first is None:
+        return _picks(x, k, mask, start, importance, balance, running_sum=False)
+    base, weight = _terms(mask, importance, balance)
+    return cpu.lazy_picks(z, UNIT**-2, base[0], weight, first, k)[None]
 
 
 def _unit_integers(x: Tensor) -> Tensor:

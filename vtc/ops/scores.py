@@ -1,11 +1,20 @@
-"""Scores of single tokens, and of crops: what the methods inside the language model rank by."""
+"""Scores of single tokens, and of crops: what the methods inside the language model rank by.
+
+The torch code here is the reference; on a GPU the kernels in ``vtc.ops.kernels`` do the same in one read of the
+inputs (attention rows: two). Through those no gradient flows.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from vtc.ops.backend import backend
+
+ROWS = 64  # attention rows computed at a time: memory is O(ROWS x keys) per head
 
 
 def transition_variation(
@@ -24,14 +33,20 @@ def transition_variation(
         absolute: take ``|cos|``: turning a token round is then no change.
 
     Returns:
-        Float32 [B, L]. A row of zeros or with entries that are not finite has cosine 0, and weight 0 if it is
+        Float32 [B, L]. A row of zeros, or one whose float32 norm is not finite, has cosine 0, and weight 0 if it is
         that of ``before`` or not finite.
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: a mask that is not bool.
     """
     if before.shape != after.shape or before.ndim != 3:
         raise ValueError(f"before {tuple(before.shape)} and after {tuple(after.shape)} must both be the same [B, L, d]")
+    _check_bool("mask", mask, before.shape[:2])
+    if backend(before.device) == "triton":
+        from vtc.ops.kernels import transition
+
+        return transition.transition_variation(before, after, mask, absolute)
     a, b = before.float(), after.float()
     norm_a, norm_b = torch.linalg.vector_norm(a, dim=-1), torch.linalg.vector_norm(b, dim=-1)
     sound = torch.isfinite(norm_a) & torch.isfinite(norm_b)
@@ -67,26 +82,96 @@ def instruction_attention(
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: a mask that is not bool.
     """
-    b, heads, t, dh = query.shape
-    groups, length = key.shape[1], key.shape[2]
-    if key.shape[0] != b or key.shape[3] != dh or heads % groups or t > length:
+    steps, length = query.shape[2], key.shape[2]
+    counted = None if mask is None else mask[:, length - steps :]
+    return row_attention(query, key, scale, counted=counted, mask=mask)[:, key_slice]
+
+
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    position: Tensor | None = None,
+    counted: Tensor | None = None,
+    mask: Tensor | None = None,
+    allowed: Tensor | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    """Softmax attention of some rows to all keys, averaged over heads and rows.
+
+    What :func:`instruction_attention` is made of, with all that a decoder layer may do to its logits.
+
+    Args:
+        query: float [B, H, T, dh], after RoPE.
+        key: float [B, Hkv, L, dh], after RoPE; H is a multiple of Hkv.
+        scale: factor of the logits.
+        position: LongTensor [B, T], where each row stands among the keys: it sees none behind. ``None``: at the end.
+        counted: bool [B, T], the rows to average over; ``None``: all of them. A sample without any gets zeros.
+        mask: bool [B, L], False for padding, which is not attended to.
+        allowed: bool [B, T, L], what a row may attend to besides (prefix-LM families, with ``position`` at the end).
+        window: how many keys back a row sees, itself included; ``None``: all.
+        cap: logits become ``cap * tanh(logit / cap)``; ``None``: they stay.
+
+    Returns:
+        Float32 [B, L]; a row gives 0 to what it does not see.
+
+    Raises:
+        ValueError: shapes that do not fit, a position that is not long.
+        TypeError: a mask that is not bool.
+    """
+    (b, heads, steps, dh), (groups, length) = query.shape, key.shape[1:3]
+    if key.shape[0] != b or key.shape[3] != dh or heads % groups or (position is None and steps > length):
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit")
-    q, k = query.float(), key.float()
+    if position is not None and (position.dtype != torch.long or position.shape != (b, steps)):
+        raise ValueError(f"position {tuple(position.shape)}, {position.dtype}, must be long {(b, steps)}")
+    _check_bool("counted", counted, (b, steps))
+    _check_bool("mask", mask, (b, length))
+    _check_bool("allowed", allowed, (b, steps, length))
+    if backend(query.device) == "triton":
+        from vtc.ops.kernels import rows
+
+        return rows.row_attention(query, key, scale, position, counted, mask, allowed, window, cap)
+    if position is None:
+        position = torch.arange(length - steps, length, device=query.device).expand(b, -1)
+    if counted is None:
+        counted = query.new_ones(b, steps, dtype=torch.bool)
+    q, k = query.float().masked_fill(~counted[:, None, :, None], 0.0), key.float()
     if mask is not None:
         k = k.masked_fill(~mask[:, None, :, None], 0.0)
-        q = q.masked_fill(~mask[:, None, length - t :, None], 0.0)
-    logits = torch.matmul(q.reshape(b, groups, heads // groups * t, dh), k.mT).mul(scale)
-    logits = logits.reshape(b, heads, t, length)
-    position = torch.arange(length, device=query.device)
-    hidden = position > position[length - t :, None]
-    if mask is not None:
-        hidden = hidden | ~mask[:, None, None, :]
-    weights = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)[..., key_slice].mean(1)
-    if mask is None:
-        return weights.mean(1)
-    rows = mask[:, length - t :].to(weights.dtype)
-    return (weights * rows[..., None]).sum(1) / rows.sum(1, keepdim=True).clamp_min(1.0)
+    column = torch.arange(length, device=query.device)
+    total = q.new_zeros(b, length)
+    for first in range(0, steps, ROWS):
+        some = slice(first, first + ROWS)
+        at = position[:, some, None]
+        seen = column <= at
+        if window is not None:
+            seen = seen & (column > at - window)
+        if mask is not None:
+            seen = seen & mask[:, None]
+        if allowed is not None:
+            seen = seen & allowed[:, some]
+        with torch.autocast(query.device.type, enabled=False):
+            grouped = q[:, :, some].reshape(b, groups, -1, dh)  # the query heads of a group share its keys
+            logits = torch.matmul(grouped, k.mT).mul(scale).reshape(b, heads, -1, length)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        logits = logits.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+        weights = logits.softmax(-1).mean(1).masked_fill(~(seen & counted[:, some, None]), 0.0)
+        total = total + weights.sum(1)
+    return total / counted.sum(1, keepdim=True).clamp_min(1)
+
+
+def _check_bool(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, not {tensor.dtype}")
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} {tuple(tensor.shape)} does not fit: {tuple(shape)} is expected")
 
 
 def crop_budgets(scores: Tensor, grid: tuple[int, int], keep: float, tau: float = 10.0) -> Tensor:

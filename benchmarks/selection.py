@@ -1,0 +1,179 @@
+"""Selection on a CPU, vtc.ops against the loops as published: `python benchmarks/selection.py [--smoke]`.
+
+Both pick from the same features in turns; a row holds medians, the 10th and 90th percentile, and the median of the
+ratios of neighbours in time, which a busy machine disturbs least. CPU time is that of all threads. The published loops
+are written from their descriptions, not copied:
+
+farthest-first  all cosine distances in float32; each pick takes the rows chosen so far out of the matrix, their
+                minimum, and its argmax, so k^2 N / 2 numbers are moved (as DivPrune's public code does)
+max-sum         one matrix-vector product for each pick (ToDRE v2, algorithm 1, to the letter)
+MMR             all cosines in float32, a running maximum (IDPruner)
+
+`gauss` tokens are unrelated to each other, the worst case for ruling tokens out; `scene` tokens resemble their
+neighbours in the grid. Both are random. In float32 the published loops may leave the exact picks after a near tie:
+`same` counts how many of the k picks both have.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+from vtc import ops
+from vtc.profiling.provenance import provenance
+from vtc_tinyvlm.evaluate import write_csv
+
+OUT = Path(__file__).parent / "results" / "select_cpu.csv"
+
+
+def published_farthest_first(x: Tensor, k: int) -> Tensor:
+    """DivPrune's loop; features [N, d]."""
+    z = x / x.norm(dim=-1, keepdim=True)
+    distance = 1.0 - z @ z.mT
+    picks = distance.topk(2, dim=0, largest=False).values[1].argmax()[None]
+    for _ in range(k - 1):
+        nearest = distance.index_select(0, picks).amin(0)
+        picks = torch.cat([picks, nearest.argmax()[None]])
+    return picks
+
+
+def published_max_sum(x: Tensor, k: int) -> Tensor:
+    """ToDRE's loop from token 0; features [N, d]."""
+    z = x / x.norm(dim=-1, keepdim=True)
+    picks, total = [torch.zeros((), dtype=torch.long)], z.new_zeros(len(z))
+    for _ in range(k - 1):
+        total = total + z @ z[picks[-1]]
+        total[picks[-1]] = torch.inf
+        picks.append(total.argmin())
+    return torch.stack(picks)
+
+
+def published_mmr(x: Tensor, k: int) -> Tensor:
+    """IDPruner's loop at its default balance; features [N, d]."""
+    importance = importance_of(x)
+    z = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    cosine, score = z @ z.mT, importance.clone()
+    nearest, picks = torch.full_like(importance, -2.0), []
+    for _ in range(k):
+        pick = score.topk(1).indices
+        picks.append(pick)
+        nearest = torch.maximum(nearest, cosine[:, pick].amax(1))
+        score = 0.5 * importance - 0.5 * nearest
+        score[torch.cat(picks)] = -torch.inf
+    return torch.cat(picks)
+
+
+def importance_of(x: Tensor) -> Tensor:
+    """Some importance in [0, 1] for every token, the same for both sides."""
+    return x[..., 0].sigmoid()
+
+
+OPS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]] = {
+    "farthest_first": (ops.farthest_first, published_farthest_first),
+    "max_sum": (lambda x, k: ops.max_sum(x, k, 0), published_max_sum),
+    "max_marginal_relevance": (lambda x, k: ops.max_marginal_relevance(x, importance_of(x), k), published_mmr),
+}
+# op, data, N, k, d, B
+CASES = [
+    *(("farthest_first", data, 2880, 320, d, 1) for d in (1024, 4096) for data in ("gauss", "scene")),
+    *(("farthest_first", data, 576, 64, 4096, 1) for data in ("gauss", "scene")),
+    ("farthest_first", "scene", 576, 64, 4096, 8),
+    ("farthest_first", "scene", 2880, 320, 1024, 8),
+    *((op, "scene", 2880, 320, d, 1) for op in ("max_sum", "max_marginal_relevance") for d in (1024, 4096)),
+]
+SMOKE = [(op, data, 60, 7, 16, b) for op in OPS for data in ("gauss", "scene") for b in (1, 2)]
+SMOKE += [("farthest_first", "scene", 1600, 20, 32, 1)]  # large enough for the lazy picks
+
+
+def features(data: str, n: int, d: int, b: int, seed: int) -> Tensor:
+    """Float32 [B, N, d]; scene: a coarse random grid enlarged, with half as much noise on top."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(b, n, d, generator=generator)
+    if data == "gauss":
+        return noise
+    side = math.isqrt(n - 1) + 1
+    coarse = torch.randn(b, d, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear").flatten(2)[..., :n].mT
+    return smooth + 0.5 * noise
+
+
+def measure(case: tuple[str, str, int, int, int, int], threads: int, repeats: int) -> dict[str, Any]:
+    """One row: both sides in turns, after one round that is not counted."""
+    op, data, n, k, d, b = case
+    fast, published = OPS[op]
+    times: dict[str, list[float]] = {"vtc": [], "published": [], "vtc_cpu": [], "published_cpu": []}
+    same = 0.0
+    for i in range(repeats + 1):
+        x = features(data, n, d, b, seed=i)
+        sides = {"vtc": lambda x=x: fast(x, k), "published": lambda x=x: torch.stack([published(one, k) for one in x])}
+        picks = {}
+        for name in sorted(sides, reverse=bool(i % 2)):  # who goes first takes turns
+            wall, cpu = time.perf_counter(), time.process_time()
+            picks[name] = sides[name]()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if i:
+                times[name].append(1e3 * wall)
+                times[f"{name}_cpu"].append(1e3 * cpu)
+        both = zip(picks["vtc"].tolist(), picks["published"].tolist(), strict=True)
+        same += statistics.mean(len(set(ours) & set(theirs)) for ours, theirs in both)
+    row: dict[str, Any] = {"op": op, "data": data, "N": n, "k": k, "d": d, "B": b, "threads": threads}
+    for name in ("vtc", "published"):
+        ordered = sorted(times[name])
+        row |= {f"{name}_ms": statistics.median(ordered), f"{name}_p10": ordered[len(ordered) // 10]}
+        row |= {
+            f"{name}_p90": ordered[-1 - len(ordered) // 10],
+            f"{name}_cpu_ms": statistics.median(times[f"{name}_cpu"]),
+        }
+    for suffix in ("", "_cpu"):
+        pairs = zip(times[f"published{suffix}"], times[f"vtc{suffix}"], strict=True)
+        row[f"ratio{suffix}"] = statistics.median(theirs / ours for theirs, ours in pairs)
+    return row | {"repeats": repeats, "same": same / (repeats + 1)}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table as it is printed."""
+    head = ["op", "data", "N → k", "d", "B", "threads", "vtc ms (p10–p90)", "published ms (p10–p90)", "ratio"]
+    head += ["ratio of CPU time", "same picks"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * 3 + "| ---: " * (len(head) - 3) + "|"]
+    for r in rows:
+        sides = [f"{r[f'{s}_ms']:.1f} ({r[f'{s}_p10']:.1f}–{r[f'{s}_p90']:.1f})" for s in ("vtc", "published")]
+        lines.append(
+            f"| {r['op']} | {r['data']} | {r['N']} → {r['k']} | {r['d']} | {r['B']} | {r['threads']} | "
+            f"{' | '.join(sides)} | {r['ratio']:.2f} | {r['ratio_cpu']:.2f} | {r['same']:.0f} of {r['k']} |"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    smoke: Annotated[bool, typer.Option(help="Tiny shapes, two repetitions, nothing written.")] = False,
+    repeats: Annotated[int, typer.Option(min=1)] = 9,
+    threads: Annotated[str, typer.Option(help="Numbers of torch threads.")] = "1,2",
+    only: Annotated[str, typer.Option(help="Cases whose op or data contain this.")] = "",
+    out: Annotated[Path, typer.Option(help="The CSV to write.")] = OUT,
+) -> None:
+    """Measure every case with every number of threads, print the table, write the CSV."""
+    if only and out == OUT and not smoke:
+        raise typer.BadParameter("a part would overwrite the whole table: add --out")
+    cases = [case for case in (SMOKE if smoke else CASES) if only in case[0] or only in case[1]]
+    if not cases:
+        raise typer.BadParameter(f"no case has {only!r} in its op or data")
+    counts, rows = [int(t) for t in threads.split(",")], []
+    for count, case in tqdm([(t, c) for t in counts for c in cases], desc="cases", disable=None):
+        torch.set_num_threads(count)
+        rows.append(measure(case, count, 2 if smoke else repeats) | provenance())
+        if not smoke:  # after every case: an interrupted run leaves what it has
+            write_csv(rows, out)
+    typer.echo(markdown(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

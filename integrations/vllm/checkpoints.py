@@ -1,0 +1,64 @@
+"""The shipped model as vLLM wants it: `python -m vtc_vllm.checkpoints FOLDER [--model tinyvlm-next]`.
+
+transformers 5 writes the keys of a CLIP tower without ``vision_model``; vLLM 0.32 asks for the hub's older layout,
+which transformers reads too. A chat template comes along, for the OpenAI endpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+_TOWER = "vision_tower."
+
+
+def hub_name(key: str) -> str:
+    """A weight's name in the hub's layout."""
+    head, found, rest = key.partition(_TOWER)
+    if not found or rest.startswith("vision_model."):
+        return key
+    return f"{head}{_TOWER}vision_model.{rest}"
+
+
+def to_hub_layout(source: Path, target: Path) -> None:
+    """Copy a checkpoint with one .safetensors file, with the weights' names in the hub's layout.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model.safetensors in it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if not (source / "model.safetensors").is_file():
+        raise FileNotFoundError(f"no model.safetensors in {source}")
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    weights = {hub_name(key): weight for key, weight in load_file(source / "model.safetensors").items()}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def write(folder: Path, model: str = "tinyvlm") -> None:
+    """Write the shipped model of that name."""
+    from vtc.commands.shared import SHIPPED
+
+    if model not in SHIPPED:
+        raise ValueError(f"model={model!r} is none of the shipped ones: {', '.join(SHIPPED)}")
+    to_hub_layout(importlib.import_module(SHIPPED[model]).CHECKPOINT, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import typer
+
+    def main(folder: Path, model: Annotated[str, typer.Option(help="tinyvlm or tinyvlm-next.")] = "tinyvlm") -> None:
+        """Write a shipped model in the layout that vLLM reads."""
+        write(folder, model)
+        typer.echo(str(folder))
+
+    typer.run(main)

@@ -1,0 +1,178 @@
+"""Prompts with the placeholders of kept tokens only: vLLM's processors, with the count decided by the image's size."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor
+from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor
+from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalProcessor
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+
+from vtc.budget import Keep
+from vtc_vllm.selection import Selector
+from vtc_vllm.settings import REQUEST_KEEP, identity, read, with_keep
+
+FIELD = "vtc_{}"
+"""By modality, the name of what goes to the model beside each image: float64 [3], its keep, whether that counts tokens,
+and :meth:`Pruned.length`."""
+
+
+class Pruned:
+    """What our processors share; stands before vLLM's class in the bases."""
+
+    families = ("image",)
+
+    @functools.cached_property
+    def selector(self) -> Selector:
+        """As the model has it, to count with."""
+        hf = self.info.get_hf_config()  # type: ignore[attr-defined]
+        return Selector(hf, read(hf.vtc))
+
+    def arguments(self, modality: str, index: int, items: Any, fields: Any) -> Mapping[str, Any]:
+        """What the adapter needs to lay one image out."""
+        return {}
+
+    def length(self, index: int, items: Any) -> int:
+        """Tokens of an image before pruning, where its position depends on that; else 0."""
+        return 0
+
+    # ------------------------------------------------------------------------------------------- vLLM's steps, in order
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """The most that a request can ask for, by which vLLM sizes its encoder cache: all tokens."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return dataclasses.replace(inputs, hf_processor_mm_kwargs={REQUEST_KEEP: 1.0})
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """All that can be wrong with a request is found here, in the frontend: an encoder that raises stops the engine.
+
+        Raises:
+            ValueError: a bad keep, embeddings instead of pixels, placeholders and images that do not match.
+        """
+        self._method(inputs.hf_processor_mm_kwargs)
+        for modality, items in inputs.mm_data_items.items():
+            if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
+                raise ValueError(f"{modality} embeddings cannot be pruned; send the {modality} itself")
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        data = super()._apply_hf_processor_main(mm_items, _others(hf_kwargs))  # type: ignore[misc]
+        keep = self._method(hf_kwargs).keep
+        for modality, count in mm_items.get_all_counts().items():
+            if count:
+                rows = [(keep, isinstance(keep, int), self.length(i, mm_items)) for i in range(count)]
+                data[FIELD.format(modality)] = torch.tensor(rows, dtype=torch.float64)
+        return data
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        fields = super()._get_mm_fields_config(hf_inputs, _others(hf_processor_mm_kwargs))  # type: ignore[misc]
+        own = {FIELD.format(m): MultiModalFieldConfig.batched(m, keep_on_cpu=True) for m in self.families}
+        return {**fields, **own}
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """The key of a cached image, here and in the encoder and prefix caches: also how it is pruned, and by what."""
+        kwargs = inputs.hf_processor_mm_kwargs
+        how = identity(self.selector.config, self._method(kwargs).keep)
+        return super()._get_mm_hashes(  # type: ignore[misc]
+            dataclasses.replace(inputs, hf_processor_mm_kwargs={**_others(kwargs), "vtc": how})
+        )
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Any:
+        others, keep = _others(hf_processor_mm_kwargs), self._method(hf_processor_mm_kwargs).keep
+        updates = super()._get_prompt_updates(mm_items, others, out_mm_kwargs)  # type: ignore[misc]
+
+        def shortened(index: int, modality: str, whole: Any) -> list[int]:
+            tokens = whole(index)
+            arguments = self.arguments(modality, index, mm_items, out_mm_kwargs)
+            return tokens[: self.selector.kept(modality, len(tokens), arguments, keep)]
+
+        return [
+            dataclasses.replace(
+                update, replacement=functools.partial(shortened, modality=update.modality, whole=update.replacement)
+            )
+            for update in updates
+        ]
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        ids = media_ids(self.info.get_hf_config())  # type: ignore[attr-defined]
+        counts = mm_items.get_all_counts()
+        for modality in self.families:
+            here, given = mm_res.prompt_ids.count(ids[modality]), counts.get(modality, 0)
+            if here != given:
+                raise ValueError(
+                    f"the prompt has {here} {modality} placeholders for {given} {modality}s; write one for each, and "
+                    "leave it to vLLM to repeat them"
+                )
+        prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+        if len(ids) > 1 and prompt and prompt[-1] in ids.values():
+            raise ValueError("the prompt ends inside an image; the family's chat template closes it")
+        return prompt, places
+
+    def _method(self, kwargs: Mapping[str, Any]) -> Any:
+        keep: Keep | None = kwargs.get(REQUEST_KEEP)
+        return self.selector.method if keep is None else with_keep(self.selector.method, keep)
+
+
+def _others(kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in kwargs.items() if name != REQUEST_KEEP}
+
+
+def media_ids(hf_config: Any) -> dict[str, int]:
+    """The placeholder token of each modality that the plugin prunes."""
+    ids = {"image": getattr(hf_config, "image_token_id", None) or getattr(hf_config, "image_token_index", None)}
+    if (video := getattr(hf_config, "video_token_id", None)) is not None:
+        ids["video"] = video
+    return {modality: int(token) for modality, token in ids.items() if token is not None}
+
+
+def keeps_of(field: torch.Tensor) -> list[Keep]:
+    """The keeps in what went beside the images, float64 [G, 3]."""
+    return [int(keep) if counts else keep for keep, counts, _ in field.reshape(-1, 3).tolist()]
+
+
+class LlavaProcessor(Pruned, LlavaMultiModalProcessor):
+    """LLaVA-1.5."""
+
+    def length(self, index: int, items: Any) -> int:
+        """By its size."""
+        size = items["image"].get_image_size(index)
+        return self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+
+
+class LlavaNextProcessor(Pruned, LlavaNextMultiModalProcessor):
+    """LLaVA-NeXT."""
+
+    length = LlavaProcessor.length
+
+    def arguments(self, modality: str, index: int, items: Any, fields: Any) -> Mapping[str, Any]:
+        """Its size, which says how it is cut."""
+        size = items["image"].get_image_size(index)
+        return {"image_sizes": [(size.height, size.width)]}
+
+
+class _Grids(Pruned):
+    families = ("image", "video")
+
+    def arguments(self, modality: str, index: int, items: Any, fields: Any) -> Mapping[str, Any]:
+        name = f"{modality}_grid_thw"
+        return {name: fields[modality][index][name].data[None]}
+
+
+class Qwen2VLProcessor(_Grids, Qwen2VLMultiModalProcessor):
+    """Qwen2-VL."""
+
+
+class Qwen25VLProcessor(_Grids, Qwen2_5_VLMultiModalProcessor):
+    """Qwen2.5-VL."""
+
+
+PROCESSORS: Sequence[type[Pruned]] = (LlavaProcessor, LlavaNextProcessor, Qwen2VLProcessor, Qwen25VLProcessor)

@@ -1,0 +1,117 @@
+"""What a configuration asks for: the ``vtc`` entry of a model's config, and the keep of a single request.
+
+``{"method": NAME, "keep": 0.25, "options": {...}, "positions": "original"}``, or the content of a vtc_config.json,
+where ``keep`` is among the options. No vLLM in here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from vtc.budget import Keep, check_keep, count
+from vtc.config import CompressionConfig
+from vtc.methods import Method
+from vtc.methods.allocate import Allocate
+from vtc.methods.globalcom2 import GlobalCom2
+from vtc.models import Adapter, Parts
+from vtc.patching import fitted
+from vtc.tokens import Layout
+
+REQUEST_KEEP = "vtc_keep"
+"""Name of the per-request keep among ``mm_processor_kwargs``."""
+
+
+def read(entry: Any) -> CompressionConfig:
+    """The ``vtc`` entry of a config.
+
+    Raises:
+        ValueError: no mapping, no method, or anything that :class:`vtc.CompressionConfig` refuses.
+        TypeError: an option of a wrong type.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"vtc={entry!r} in the model's config does not say how to prune; give "
+            '{"method": "divprune", "keep": 0.25}, for instance with --hf-overrides'
+        )
+    data = {"version": 1, **entry}
+    keep = data.pop("keep", None)
+    options = data.get("options", {})
+    if keep is not None:
+        if not isinstance(options, Mapping) or "keep" in options:
+            raise ValueError(f"vtc={dict(entry)!r} gives keep twice; leave one out")
+        data["options"] = {**options, "keep": keep}
+    config = CompressionConfig.from_dict(data)
+    return CompressionConfig.of(config.build(), config.positions)
+
+
+def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> CompressionConfig:
+    """The config with everything decided that the method leaves open, for this model inside vLLM.
+
+    Args:
+        adapter: of the family.
+        parts: of the transformers model, which may be on the meta device.
+        config: what was asked for.
+
+    Raises:
+        ValueError: the method cannot work here; the message says why and what would.
+    """
+    method = fitted(adapter, parts, config.build(), config.positions)
+    if method.stages(len(parts.layers)):
+        raise ValueError(
+            f"{method.name} drops tokens between the layers of the language model, and vLLM has one length for all "
+            "layers: its paged cache, its chunks and its compiled graphs. What would work: a method that drops them "
+            "before it, such as divprune; or transformers with vtc.patch"
+        )
+    if method.query_aware:
+        raise ValueError(
+            f"{method.name} chooses by the question, which vLLM's encoder never sees: it caches images by their "
+            "content. What would work: divprune, todre, idpruner; or transformers with vtc.patch"
+        )
+    if not _counts_by_length(method):
+        raise ValueError(
+            f"how many tokens {method.name} keeps depends on what is in the image, but vLLM has to know it before the "
+            "image is encoded. What would work: divprune, todre, idpruner"
+        )
+    return CompressionConfig.of(method, config.positions)
+
+
+def _counts_by_length(method: Method) -> bool:
+    """Whether :func:`kept` is right about this method."""
+    own = type(method)
+    plain = own.budget is Method.budget and own.choose is Method.choose and own.keep_mask is Method.keep_mask
+    return plain or own in (Allocate, GlobalCom2)
+
+
+def with_keep(method: Method, keep: Keep) -> Method:
+    """The same method at another keep.
+
+    Raises:
+        ValueError: keep out of range, or no number.
+    """
+    try:
+        keep = check_keep(keep)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{REQUEST_KEEP} of this request: {error}") from None
+    return method if _same(keep, method.keep) else dataclasses.replace(method, keep=keep)
+
+
+def _same(a: Keep, b: Keep) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def kept(method: Method, layout: Layout) -> int:
+    """How many tokens of an image stay: by its layout alone, so that the frontend knows before the encoder runs."""
+    if method.newlines == "keep":
+        bare = layout.without_newlines().length
+        return layout.length - bare + count(method.keep, bare)
+    return count(method.keep, layout.length)
+
+
+def identity(config: CompressionConfig, keep: Keep) -> str:
+    """What a cached image depends on beside its pixels: method, options, the request's keep, and vtc's version."""
+    text = json.dumps({**config.to_dict(), "keep": keep}, sort_keys=True)
+    return f"vtc {version('visual-token-compression')} {text}"

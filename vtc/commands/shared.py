@@ -1,0 +1,134 @@
+"""What the commands share: options, how errors are shown, and what a model argument means."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from vtc.config import CompressionConfig
+
+MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `vtc methods`.")]
+KeepText = Annotated[
+    str, typer.Option("--keep", "-k", help="0.25: a quarter of each image's tokens stays; 64: that many tokens stay.")
+]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="An option of the method, as name=value; repeatable.")
+]
+Positions = Annotated[str, typer.Option(help="original: kept tokens keep their positions; compact: renumbered.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: a GPU where there is one.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves them alone.")]
+
+SHIPPED = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next"}
+"""Models that come with vtc, by name: the package that has each."""
+
+TRACEBACK: ContextVar[bool] = ContextVar("vtc_traceback", default=False)
+"""Whether errors are to be shown as they are: ``vtc --traceback``."""
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn the errors a user can cause into one line and exit code 2; ``vtc --traceback`` lets them through."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        if TRACEBACK.get():
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            message += "; pip install 'visual-token-compression[demo]' brings what the commands need"
+        typer.echo(f"vtc: {message}", err=True)
+        raise typer.Exit(2) from None
+
+
+def parse_keep(text: str) -> float | int:
+    """``"64"`` is 64 tokens, ``"0.25"`` a quarter, ``"1"`` one token and ``"1.0"`` all of them."""
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"--keep {text!r} is neither a fraction such as 0.25 nor a count such as 64") from None
+
+
+def parse_options(options: list[str] | None) -> dict[str, Any]:
+    """``["seed=3", "variant=k_center"]`` as names and values: JSON where a value is JSON, else text."""
+    named: dict[str, Any] = {}
+    for option in options or []:
+        key, found, value = option.partition("=")
+        if not found:
+            raise ValueError(f"--option {option!r} is not of the form name=value")
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        named[key] = value
+    return named
+
+
+def build_config(method: str, keep: str, options: list[str] | None, positions: str) -> CompressionConfig:
+    """What ``--method``, ``--keep``, ``--option`` and ``--positions`` ask for."""
+    from vtc.config import CompressionConfig
+    from vtc.methods import make_method
+
+    named = parse_options(options)
+    return CompressionConfig.of(make_method(method, keep=parse_keep(keep), **named), cast(Any, positions))
+
+
+def pick_device(name: str) -> str:
+    """The device of that name, or for ``auto`` a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.zeros(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not on this machine
+        raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def listed(text: str, what: str) -> list[str]:
+    """The entries of a list with commas.
+
+    Raises:
+        ValueError: it has none.
+    """
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    if not entries:
+        raise ValueError(f"--{what} {text!r} is an empty list")
+    return entries
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """The whole numbers of a list with commas, each at least 1.
+
+    Raises:
+        ValueError: something else is in it.
+    """
+    try:
+        values = [int(entry) for entry in listed(text, what)]
+    except ValueError:
+        raise ValueError(f"--{what} {text!r} is not a list of whole numbers such as 1,8,32") from None
+    if min(values) < 1:
+        raise ValueError(f"--{what} {text!r}: {min(values)} is below 1")
+    return values
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"672x336"`` as (width, height).
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
+        raise ValueError(f"--image {text!r} is not of the form WIDTHxHEIGHT, such as 672x336")
+    return int(sides[0]), int(sides[1])

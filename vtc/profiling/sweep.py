@@ -1,0 +1,308 @@
+"""Accuracy and time of methods at several budgets, cell by cell, into a CSV that an interrupted sweep goes on with.
+
+A cell is a method with a ``keep``; its accuracy is asked once (it does not depend on the batch), and its time is taken
+at each batch size, beside the unpruned model's in the same rounds. Beside registered methods there are the baselines of
+:mod:`vtc.profiling.downsample`, and ``none``, the unpruned model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtc.budget import Keep, check_keep
+from vtc.config import CompressionConfig
+from vtc.methods import method_class
+from vtc.models import resolve
+from vtc.patching import patch
+from vtc.profiling.costs import Decoder
+from vtc.profiling.downsample import NAMES as COARSE
+from vtc.profiling.downsample import Coarse, coarse
+from vtc.profiling.intervals import paired_loss, wilson
+from vtc.profiling.ledger import Ledger
+from vtc.profiling.measure import Spread, encoder_flops, profile, rounds
+from vtc.profiling.provenance import provenance
+from vtc.profiling.tasks import Task, answers, batches_of
+
+UNPRUNED = "none"
+BASELINES = ("random", "grid", *COARSE)
+"""Always drawn: what a method has to beat."""
+
+COLUMNS = (
+    *("date", "commit", "device", "driver", "torch", "triton", "transformers", "vtc", "model", "task", "questions"),
+    *("dtype", "method", "keep", "options", "positions", "batch", "visual_tokens", "kept_tokens", "accuracy"),
+    *("accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "apart", "repeats", "ttft_ms", "ttft_ms_p10"),
+    *("ttft_ms_p90", "speedup", "speedup_p10", "speedup_p90", "ideal", "realised", "realised_p10", "realised_p90"),
+    *("correct", "faults", "marks"),
+)
+_KEY = ("device", "model", "task", "questions", "dtype", "method", "keep", "options", "positions", "batch", "repeats")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method, or a baseline, with a ``keep``.
+
+    Attributes:
+        method: a registered name, one of :data:`~vtc.profiling.downsample.NAMES`, or ``none``.
+        keep: as for :func:`vtc.patch`.
+        config: of a registered method.
+    """
+
+    method: str
+    keep: Keep
+    config: CompressionConfig | None = None
+
+    @property
+    def options(self) -> str:
+        """The config's options as JSON; nothing for what has none."""
+        return "" if self.config is None else json.dumps(self.config.to_dict()["options"], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions put to one model: what all cells of a sweep share, and the whole of ``tune``.
+
+    Attributes:
+        model: in eval mode.
+        processor: of the model.
+        task: where the questions are from.
+        asked: the questions.
+        size: of the batches they are asked in.
+    """
+
+    model: Any
+    processor: Any
+    task: Task
+    asked: Sequence[Any]
+    size: int = 32
+
+    @property
+    def counted(self) -> list[int]:
+        """Indices of the questions that make the accuracy."""
+        return [i for i, question in enumerate(self.asked) if question.type not in self.task.apart]
+
+    def headline(self, scores: Sequence[float]) -> list[float]:
+        """The scores that make the accuracy."""
+        return [scores[i] for i in self.counted]
+
+    def take(
+        self,
+        config: CompressionConfig | None = None,
+        way: Coarse | None = None,
+        tick: Callable[[int], None] = lambda done: None,
+    ) -> tuple[list[float], float]:
+        """Answer all questions, pruned or with coarser pictures or neither.
+
+        Args:
+            config: how to prune.
+            way: a baseline, instead.
+            tick: called with the number of questions of each batch that is done.
+
+        Returns:
+            A score for each question, and the visual tokens of one, averaged over the layers.
+        """
+        texts: list[str] = []
+        tokens = 0.0
+        _, parts = resolve(self.model)
+        context: Any = patch(self.model, config) if config else way.running() if way else contextlib.nullcontext()
+        with context as handle:
+            for start in range(0, len(self.asked), self.size):
+                part = self.asked[start : start + self.size]
+                inputs = way.inputs(part) if way else self.inputs(part)
+                texts += answers(self.model, self.processor, inputs, self.task.max_new_tokens)
+                if config:
+                    layers = handle.report().tokens_per_layer
+                    tokens += len(part) * sum(layers) / len(layers)
+                else:
+                    tokens += int((inputs["input_ids"] == parts.placeholders["image"]).sum())
+                tick(len(part))
+        return self.task.scores(texts, self.asked), tokens / len(self.asked)
+
+    def inputs(self, part: Sequence[Any]) -> dict[str, Any]:
+        """One batch, as the processor makes it."""
+        return batches_of(part, self.processor, len(part), self.model.device, self.model.dtype)[0]
+
+
+def plan(exam: Exam, methods: Sequence[str], keeps: Sequence[Keep], positions: str = "original") -> list[Cell]:
+    """The cells of a sweep: the unpruned model, then every method with every ``keep``.
+
+    Raises:
+        ValueError: an unknown method, a ``keep`` out of range, or what the model cannot do. Nothing was run then.
+    """
+    cells = [Cell(UNPRUNED, 1.0)]
+    for name in dict.fromkeys(methods):
+        for keep in dict.fromkeys(map(check_keep, keeps)):
+            if name in COARSE:
+                coarse(name, exam.model, exam.processor, keep)
+                cells.append(Cell(name, keep))
+            elif name != UNPRUNED:
+                config = CompressionConfig.of(method_class(name)(keep=keep), positions)  # type: ignore[arg-type]
+                patch(exam.model, config).unpatch()
+                cells.append(Cell(name, keep, config))
+    return cells
+
+
+def fitting_baselines(exam: Exam) -> list[str]:
+    """Those of :data:`BASELINES` that the model can do."""
+    fitting = []
+    for name in BASELINES:
+        with contextlib.suppress(ValueError):
+            plan(exam, [name], [0.5])
+            fitting.append(name)
+    return fitting
+
+
+def sweep(
+    exam: Exam,
+    cells: Sequence[Cell],
+    batches: Sequence[int],
+    path: Path,
+    *,
+    name: str,
+    repeats: int = 5,
+    tell: Callable[[str], None] = lambda message: None,
+    tick: Callable[[Cell], None] = lambda cell: None,
+) -> list[dict[str, str]]:
+    """Measure every cell that the file does not have yet.
+
+    Args:
+        exam: model and questions.
+        cells: from :func:`plan`; the unpruned one comes first.
+        batches: batch sizes of the timing.
+        path: of the CSV.
+        name: of the model, for the rows.
+        repeats: timed rounds.
+        tell: called with a line of text about anything unusual.
+        tick: called when a cell is done.
+
+    Returns:
+        The rows of this sweep, by cell and batch, as text.
+    """
+    ledger = Ledger(path, COLUMNS, tell)
+    about = provenance(exam.model.device) | {
+        "model": name,
+        "task": exam.task.name,
+        "questions": str(len(exam.asked)),
+        "dtype": str(exam.model.dtype).removeprefix("torch."),
+        "repeats": str(repeats),
+    }
+    done = {tuple(row[column] for column in _KEY): row for row in ledger.rows}
+    found: list[dict[str, str]] = []
+    before: list[float] | None = None
+    for cell in cells:
+        keys = {batch: _key(about, cell, batch) for batch in batches}
+        rows = [done[key] for key in keys.values() if key in done]
+        scores, tokens = _read(rows[0]) if rows else (None, 0.0)
+        if len(rows) < len(keys):
+            if scores is None:
+                scores, tokens = exam.take(cell.config, _way(exam, cell))
+            for batch, key in keys.items():
+                if key not in done:
+                    reference = scores if before is None else before
+                    told = _accuracy(exam, scores, reference) | _timing(exam, cell, batch, repeats)
+                    ledger.add(about | _about(cell) | {"batch": batch, "kept_tokens": tokens} | told)
+                    done[key] = ledger.rows[-1]
+        before = scores if before is None else before
+        found += [done[key] for key in keys.values()]
+        tick(cell)
+    return found
+
+
+def _key(about: dict[str, str], cell: Cell, batch: int) -> tuple[str, ...]:
+    own = about | {name: str(value) for name, value in _about(cell).items()} | {"batch": str(batch)}
+    return tuple(own[column] for column in _KEY)
+
+
+def _about(cell: Cell) -> dict[str, str]:
+    positions = "" if cell.config is None else cell.config.positions
+    return {"method": cell.method, "keep": repr(cell.keep), "options": cell.options, "positions": positions}
+
+
+def _read(row: dict[str, str]) -> tuple[list[float], float]:
+    """Scores and tokens of a row."""
+    return json.loads(row["marks"]), float(row["kept_tokens"])
+
+
+def _way(exam: Exam, cell: Cell) -> Coarse | None:
+    return coarse(cell.method, exam.model, exam.processor, cell.keep) if cell.method in COARSE else None
+
+
+def _accuracy(exam: Exam, scores: list[float], before: list[float]) -> dict[str, Any]:
+    counted = exam.headline(scores)
+    low, high = wilson(sum(counted), len(counted))
+    loss, loss_low, loss_high = paired_loss(exam.headline(before), counted)
+    apart = [score for i, score in enumerate(scores) if i not in set(exam.counted)]
+    return {
+        "accuracy": sum(counted) / len(counted),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "loss": loss,
+        "loss_low": loss_low,
+        "loss_high": loss_high,
+        "apart": sum(apart) / len(apart) if apart else None,
+        "marks": json.dumps([int(s) if s == int(s) else s for s in scores], separators=(",", ":")),
+    }
+
+
+def _timing(exam: Exam, cell: Cell, batch: int, repeats: int) -> dict[str, Any]:
+    """Time to first token of the first questions, beside the unpruned model's."""
+    part = [exam.asked[i % len(exam.asked)] for i in range(batch)]
+    full = exam.inputs(part)
+    faults: tuple[str, ...] = ()
+    ideal: float | None
+    speedup: Spread | None
+    if cell.config is not None:
+        _, measured = profile(exam.model, lambda size: full, cell.config, batches=[batch], repeats=repeats)
+        ttft, speedup, ideal, faults = measured.ttft, measured.speedup, measured.ideal, measured.faults
+        tokens = measured.visual_tokens
+    else:
+        way = _way(exam, cell)
+        running, inputs = (way.running, way.inputs(part)) if way else (contextlib.nullcontext, full)
+        ways = [(contextlib.nullcontext, full), *([(running, inputs)] if way else [])]
+        plain, *other = rounds(exam.model, ways, repeats)
+        ttft = Spread.of([run.total for run in (other[0] if way else plain)])
+        speedup = ideal = None
+        if way:
+            speedup = Spread.of([a.total / b.total for a, b in zip(plain, other[0], strict=True)])
+            ideal = _flops(exam, full, contextlib.nullcontext) / _flops(exam, inputs, running)
+        _, parts = resolve(exam.model)
+        tokens = int((full["input_ids"] == parts.placeholders["image"]).sum()) / batch
+    realised = None if speedup is None or ideal is None else speedup / ideal
+    row: dict[str, Any] = {"visual_tokens": tokens, "ideal": ideal, "correct": not faults, "faults": "; ".join(faults)}
+    for name, value, scale in (("ttft_ms", ttft, 1e3), ("speedup", speedup, 1.0), ("realised", realised, 1.0)):
+        for column, part_of in ((name, "median"), (f"{name}_p10", "low"), (f"{name}_p90", "high")):
+            row[column] = None if value is None else scale * getattr(value, part_of)
+    return row
+
+
+def _flops(exam: Exam, inputs: dict[str, Any], running: Callable[[], Any]) -> float:
+    """Of a prefill without pruning."""
+    _, parts = resolve(exam.model)
+    decoder = Decoder.of(parts.decoder, parts.root)
+    with running():
+        total = encoder_flops(exam.model, inputs)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return total + sum(decoder.prefill([n] * len(decoder.layers)).flops for n in lengths)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, gain) that no other beats: none costs as little and gains more, or costs less and
+    gains as much. By rising cost.
+    """
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    best, chosen = float("-inf"), []
+    for i in order:
+        if points[i][1] > best:
+            best = points[i][1]
+            chosen.append(i)
+    return chosen
+
+
+def by_method(rows: Sequence[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Rows of each method, by kept tokens; methods in order of appearance."""
+    for name in dict.fromkeys(row["method"] for row in rows):
+        yield name, sorted((row for row in rows if row["method"] == name), key=lambda row: float(row["kept_tokens"]))

@@ -1,0 +1,138 @@
+"""Tasks: questions whose answers are known, by name. The shipped models bring one each; others can be registered."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where questions come from, and when an answer is right.
+
+    Attributes:
+        name: as in ``--task``.
+        questions: from a number to so many questions, always the same ones. A question has ``image`` (a picture),
+            ``prompt`` (text with the image token in it) and ``type``.
+        score: from the text answered and the question to a score in [0, 1]; ``None``: the task has no accuracy.
+        model: what ``vtc sweep`` and ``vtc tune`` run when no model is named: a name that :func:`load` knows.
+        apart: types of questions left out of the accuracy and shown beside it.
+        max_new_tokens: an answer is cut there.
+    """
+
+    name: str
+    questions: Callable[[int], Sequence[Any]]
+    score: Callable[[str, Any], float] | None
+    model: str | None = None
+    apart: frozenset[str] = frozenset()
+    max_new_tokens: int = 3
+
+    def scores(self, texts: Sequence[str], asked: Sequence[Any]) -> list[float]:
+        """Of each answer.
+
+        Raises:
+            ValueError: the task has no accuracy.
+        """
+        if self.score is None:
+            raise ValueError(f"task {self.name!r} has no accuracy: it cannot say what pruning loses")
+        return [float(self.score(text, question)) for text, question in zip(texts, asked, strict=True)]
+
+
+_TASKS: dict[str, Callable[[], Task]] = {}
+
+
+def register_task(name: str, make: Callable[[], Task]) -> None:
+    """Make a task known; ``make`` is called when it is asked for.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _TASKS:
+        raise ValueError(f"a task named {name!r} exists already")
+    _TASKS[name] = make
+
+
+def list_tasks() -> list[str]:
+    """Names of all tasks, sorted."""
+    return sorted(_TASKS)
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; one with an accuracy.
+
+    Raises:
+        ValueError: unknown, or without an accuracy.
+    """
+    if name not in _TASKS:
+        near = difflib.get_close_matches(name, _TASKS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(list_tasks())}"
+        raise ValueError(f"unknown task {name!r}; {hint}")
+    task = _TASKS[name]()
+    if task.score is None:
+        raise ValueError(
+            f"task {name!r} has no accuracy, so that nothing can be said about what pruning loses; "
+            "`vtc profile` measures time alone"
+        )
+    return task
+
+
+def batches_of(
+    asked: Sequence[Any], processor: Any, size: int, device: Any, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """What the processor makes of questions, in batches padded on the left."""
+    made = []
+    for start in range(0, len(asked), size):
+        part = asked[start : start + size]
+        inputs = processor(
+            images=[q.image for q in part], text=[q.prompt for q in part], return_tensors="pt", padding=True
+        )
+        made.append(placed(inputs, device, dtype))
+    return made
+
+
+def placed(inputs: Mapping[str, Any], device: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors on a device, floats in a dtype."""
+    return {n: x.to(device, dtype if x.is_floating_point() else None) for n, x in inputs.items()}
+
+
+@torch.inference_mode()
+def answers(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> list[str]:
+    """Greedy answers to one batch."""
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def load(name: str, package: str) -> tuple[Any, Any]:
+    """Model and processor of a shipped package; ``name`` is for the message.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package).load()
+    except ModuleNotFoundError as missing:
+        raise ImportError(f"the model {name!r} needs {missing.name}") from missing
+
+
+def _shipped(name: str, package: str) -> Callable[[], Task]:
+    def make() -> Task:
+        home = importlib.import_module(package)
+        return Task(
+            name,
+            questions=home.evaluation_questions,
+            score=lambda text, question: float(home.is_correct(text, question.answer)),
+            model=name,
+            # how many tokens of an object remain changes the count, though no object was lost
+            apart=frozenset({"count"}),
+        )
+
+    return make
+
+
+register_task("tinyvlm", _shipped("tinyvlm", "vtc_tinyvlm"))
+register_task("tinyvlm-next", _shipped("tinyvlm-next", "vtc_tinyvlm_next"))
