@@ -118,7 +118,7 @@ def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int,
     rows, exact_rows = z.new_empty(k, d), z.new_empty(k, d, dtype=torch.float64)  # of the picks
     picks[0], rows[0], exact_rows[0] = first, z[first], z[first]
     made, size = 1, PANEL
-    bound = torch.sub(base, (z @ z[first]).mul_(scale).sub_(error), alpha=weight)
+    bound = base - (z @ z[first]).mul_(scale).sub_(error) * weight
     bound[first] = -math.inf
     known = torch.ones(n, dtype=torch.long, device=z.device)  # picks that the bound has seen
 
@@ -130,12 +130,12 @@ def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int,
         new = rows[int(known[panel].min()) : made]
         if len(new):
             cosine = (z[panel] @ new.mT).mul_(scale).amax(1)
-            bound[panel] = torch.minimum(bound[panel], torch.sub(base[panel], cosine - error, alpha=weight))
+            bound[panel] = torch.minimum(bound[panel], base[panel] - (cosine - error) * weight)
             known[panel] = made
         panel = panel[bound[panel] >= rival]
 
         exact = z[panel].double()
-        score = torch.sub(base[panel], _exact(exact, exact_rows[:made], scale).amax(1), alpha=weight)
+        score = base[panel] - _exact(exact, exact_rows[:made], scale).amax(1) * weight
         score[bound[panel] == -math.inf] = -math.inf  # picked already
         bound[panel] = score
         ahead = ((score > rival) | ((score == rival) & (panel < rival_at))) & (score > -math.inf)
@@ -146,7 +146,7 @@ def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int,
         size = PANEL
 
         # Rounding keeps order, so the smallest of these is the score with the largest cosine.
-        with_pick = torch.sub(base[panel], _exact(exact, exact, scale), alpha=weight).fill_diagonal_(-math.inf)
+        with_pick = (base[panel] - _exact(exact, exact, scale) * weight).fill_diagonal_(-math.inf)
         chosen: list[int] = []
         at = panel.tolist()
         while made + len(chosen) < k:

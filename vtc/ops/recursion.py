@@ -118,7 +118,7 @@ def _picks(
             penalty = row.to(z.dtype) if running_sum else row
         else:
             penalty = penalty + row if running_sum else torch.maximum(penalty, row)
-        pick = first_max(torch.sub(base, penalty, alpha=weight))
+        pick = first_max(base - penalty * weight)  # two roundings on every device, never one
         picks.append(pick)
     return torch.stack(picks, 1)
 
