@@ -2,7 +2,7 @@
 
 Both pick from the same features in turns; a row holds medians, the 10th and 90th percentile, and the median of the
 ratios of neighbours in time, which a busy machine disturbs least. CPU time is that of all threads. The published loops
-are written from their descriptions, not copied:
+(``benchmarks/gpu/published.py``) are written from their descriptions, not copied:
 
 farthest-first  all cosine distances in float32; each pick takes the rows chosen so far out of the matrix, their
                 minimum, and its argmax, so k^2 N / 2 numbers are moved (as DivPrune's public code does)
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,48 +29,14 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is no installed package
+
+from benchmarks.gpu import published
 from vtc import ops
 from vtc.profiling.provenance import provenance
 from vtc_tinyvlm.evaluate import write_csv
 
 OUT = Path(__file__).parent / "results" / "select_cpu.csv"
-
-
-def published_farthest_first(x: Tensor, k: int) -> Tensor:
-    """DivPrune's loop; features [N, d]."""
-    z = x / x.norm(dim=-1, keepdim=True)
-    distance = 1.0 - z @ z.mT
-    picks = distance.topk(2, dim=0, largest=False).values[1].argmax()[None]
-    for _ in range(k - 1):
-        nearest = distance.index_select(0, picks).amin(0)
-        picks = torch.cat([picks, nearest.argmax()[None]])
-    return picks
-
-
-def published_max_sum(x: Tensor, k: int) -> Tensor:
-    """ToDRE's loop from token 0; features [N, d]."""
-    z = x / x.norm(dim=-1, keepdim=True)
-    picks, total = [torch.zeros((), dtype=torch.long)], z.new_zeros(len(z))
-    for _ in range(k - 1):
-        total = total + z @ z[picks[-1]]
-        total[picks[-1]] = torch.inf
-        picks.append(total.argmin())
-    return torch.stack(picks)
-
-
-def published_mmr(x: Tensor, k: int) -> Tensor:
-    """IDPruner's loop at its default balance; features [N, d]."""
-    importance = importance_of(x)
-    z = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
-    cosine, score = z @ z.mT, importance.clone()
-    nearest, picks = torch.full_like(importance, -2.0), []
-    for _ in range(k):
-        pick = score.topk(1).indices
-        picks.append(pick)
-        nearest = torch.maximum(nearest, cosine[:, pick].amax(1))
-        score = 0.5 * importance - 0.5 * nearest
-        score[torch.cat(picks)] = -torch.inf
-    return torch.cat(picks)
 
 
 def importance_of(x: Tensor) -> Tensor:
@@ -78,9 +45,12 @@ def importance_of(x: Tensor) -> Tensor:
 
 
 OPS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]] = {
-    "farthest_first": (ops.farthest_first, published_farthest_first),
-    "max_sum": (lambda x, k: ops.max_sum(x, k, 0), published_max_sum),
-    "max_marginal_relevance": (lambda x, k: ops.max_marginal_relevance(x, importance_of(x), k), published_mmr),
+    "farthest_first": (ops.farthest_first, published.divprune),
+    "max_sum": (lambda x, k: ops.max_sum(x, k, 0), lambda x, k: published.max_sum(x, k, 0)),
+    "max_marginal_relevance": (
+        lambda x, k: ops.max_marginal_relevance(x, importance_of(x), k),
+        lambda x, k: published.marginal_relevance(x, importance_of(x), k),
+    ),
 }
 # op, data, N, k, d, B
 CASES = [

@@ -162,7 +162,7 @@ def agree(ours, theirs, tolerance=2e-3):
 
 
 def same_sets(ours, theirs):
-    """Whatever the order: vLLM encodes an image once for all prompts, and small ones first where that fills a step."""
+    """vLLM encodes an image once for all prompts, in an order of its own."""
     return set(map(tuple, ours)) == set(map(tuple, theirs))
 
 
