@@ -17,7 +17,6 @@ import os
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -183,7 +182,7 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="random, tinyvlm, tinyvlm-next, or a folder.")] = "random",
+    model: Annotated[str, typer.Option(help="Some of random, tinyvlm, tinyvlm-next, with commas.")] = "random,tinyvlm",
     method: Annotated[str, typer.Option(help="One of `vtc methods` that work before the language model.")] = "divprune",
     keep: Annotated[str, typer.Option(help="Keeps besides 1.0, with commas.")] = "0.5,0.25",
     requests: Annotated[int, typer.Option(min=4, help="Requests per round and server.")] = 16,
@@ -193,56 +192,71 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads of each server.")] = 1,
     out: Annotated[Path, typer.Option(help="CSV file, written anew.")] = OUT,
 ) -> None:
-    """Start servers, load them in turns, write one row for each keep."""
+    """Start servers, load them in turns, write one row for each model and keep."""
+    import torch
+
+    torch.set_num_threads(threads)  # as the servers have; provenance tells
     keeps = [1.0, *(float(each) for each in keep.split(","))]
-    extra = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", str(concurrency)]
+    rows = []
+    for name in model.split(","):
+        for each, own, base in measured(name, method, keeps, requests, concurrency, rounds, tokens, threads):
+            ttft = [seconds for one in own for seconds in one["ttft"]]
+            rate, whole = ([requests / one["seconds"] for one in some] for some in (own, base))
+            rows.append(
+                {
+                    "model": name,
+                    "method": "none" if each == 1.0 else method,
+                    "keep": each,
+                    "prompt_tokens": own[0]["prompt_tokens"],
+                    "requests": requests * rounds,
+                    "concurrency": concurrency,
+                    "new_tokens": tokens,
+                    "requests_per_s": statistics.median(rate),
+                    "against_unpruned": statistics.median(a / b for a, b in zip(rate, whole, strict=True)),
+                    "ttft_p50_ms": 1000 * quantile(ttft, 0.5),
+                    "ttft_p90_ms": 1000 * quantile(ttft, 0.9),
+                    "ttft_p99_ms": 1000 * quantile(ttft, 0.99),
+                    "server_threads": threads,
+                    "vllm": installed_version() or "none",
+                    **provenance(),
+                }
+            )
+            typer.echo(" ".join(f"{key}={value}" for key, value in list(rows[-1].items())[:12]))
+    write_csv(rows, out)
+    typer.echo(f"written: {out}")
+
+
+def measured(
+    model: str,
+    method: str,
+    keeps: list[float],
+    requests: int,
+    concurrency: int,
+    rounds: int,
+    tokens: int,
+    threads: int,
+) -> list[tuple[float, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """For each keep, its rounds and those of the unpruned server."""
+    extra = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", str(concurrency)]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         path = Path(folder) / "model"
         if model == "random":
             write_random(Path(folder))
-        elif Path(model).is_dir():
-            path = Path(model)
         else:
             checkpoints.write(path, model)
         side = json.loads((path / "config.json").read_text())["vision_config"]["image_size"]
+        side *= 2 if model == "tinyvlm-next" else 1  # so that it is cut
         urls = [running.enter_context(server(path, method, each, threads, extra)) for each in keeps]
         found: list[list[dict[str, Any]]] = [[] for _ in keeps]
         for turn in range(rounds + 1):
             images = pictures(requests, side, seed=1000 + turn)
             for at, url in enumerate(urls):
                 done = asyncio.run(load(url, images, concurrency, tokens))
-                rate = requests / done["seconds"]
-                typer.echo(f"round {turn}, keep {keeps[at]:g}: {rate:.2f} requests/s", err=True)
+                typer.echo(f"{model}, round {turn}, keep {keeps[at]:g}: {requests / done['seconds']:.2f}/s", err=True)
                 if turn:
                     found[at].append(done)
-    rows = []
-    for each, own in zip(keeps, found, strict=True):
-        ttft = [seconds for one in own for seconds in one["ttft"]]
-        rate = [requests / one["seconds"] for one in own]
-        base = [requests / one["seconds"] for one in found[0]]
-        rows.append(
-            {
-                "model": model,
-                "method": "none" if each == 1.0 else method,
-                "keep": each,
-                "prompt_tokens": own[0]["prompt_tokens"],
-                "requests": requests * rounds,
-                "concurrency": concurrency,
-                "new_tokens": tokens,
-                "requests_per_s": statistics.median(rate),
-                "against_unpruned": statistics.median(a / b for a, b in zip(rate, base, strict=True)),
-                "ttft_p50_ms": 1000 * quantile(ttft, 0.5),
-                "ttft_p90_ms": 1000 * quantile(ttft, 0.9),
-                "ttft_p99_ms": 1000 * quantile(ttft, 0.99),
-                "threads": threads,
-                "vllm": installed_version() or "none",
-                **provenance(),
-            }
-        )
-        typer.echo({name: rows[-1][name] for name in list(rows[-1])[2:12]})
-    write_csv(rows, out)
-    typer.echo(f"written: {out}")
+    return [(each, own, found[0]) for each, own in zip(keeps, found, strict=True)]
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -173,6 +173,3 @@ class Qwen2VLProcessor(_Grids, Qwen2VLMultiModalProcessor):
 
 class Qwen25VLProcessor(_Grids, Qwen2_5_VLMultiModalProcessor):
     """Qwen2.5-VL."""
-
-
-PROCESSORS: Sequence[type[Pruned]] = (LlavaProcessor, LlavaNextProcessor, Qwen2VLProcessor, Qwen25VLProcessor)
