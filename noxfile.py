@@ -33,4 +33,5 @@ def tests(session: nox.Session, transformers: str) -> None:
 def lmms_eval(session: nox.Session) -> None:
     """The shipped model on the shipped scenes, run by lmms-eval itself in an environment of its own."""
     session.run("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True)
-    session.run("python", "-m", "pytest", *(session.posargs or ["-q", "-m", "lmms_eval", "tests/test_lmms_eval_runs.py"]), env=ONE_THREAD | OFFLINE)
+    arguments = session.posargs or ["-q", "-m", "lmms_eval", "tests/test_lmms_eval_runs.py"]
+    session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
