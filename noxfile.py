@@ -1,10 +1,10 @@
-"""What CI runs: `nox` lints, then tests on the newest transformers, on the oldest one supported, and in lmms-eval."""
+"""What CI runs: `nox` lints, then tests on the newest and the oldest supported transformers, in lmms-eval and vLLM."""
 
 import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "tests", "lmms_eval"]
+nox.options.sessions = ["lint", "tests", "lmms_eval", "vllm"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -35,3 +35,10 @@ def lmms_eval(session: nox.Session) -> None:
     session.run("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True)
     arguments = session.posargs or ["-q", "-m", "lmms_eval", "tests/test_lmms_eval_runs.py"]
     session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """The same answers from vLLM's CPU build as from transformers, in an environment of its own."""
+    session.run("bash", ".ci/vllm/install", f"{session.bin}/python", external=True)
+    session.run("python", "-m", "pytest", *(session.posargs or ["-q", "-m", "vllm", "tests/test_vllm.py"]), env=OFFLINE)

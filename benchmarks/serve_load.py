@@ -172,6 +172,7 @@ async def load(url: str, images: list[str], concurrency: int, tokens: int) -> di
     begin = time.perf_counter()
     await asyncio.gather(*(one(image) for image in images))
     seconds = time.perf_counter() - begin
+    await client.close()
     return {"seconds": seconds, "ttft": first, "prompt_tokens": statistics.mean(lengths)}
 
 

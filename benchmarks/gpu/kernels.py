@@ -28,6 +28,7 @@ from benchmarks.gpu.rows import NO, SKIPPED, YES, Row
 from benchmarks.gpu.selection import by, missing
 from benchmarks.gpu.suite import Suite, forced
 from vtc import ops
+from vtc.methods import method_class
 
 # N, k, d and images of every kind: one token, a pair, odd sizes, newline-laden NeXT; all of them, one of them
 ODD = (
@@ -171,7 +172,8 @@ def flash(suite: Suite, spec: Spec) -> None:
 
 def names() -> list[str]:
     """All registered methods, those of the table first."""
-    return [*METHODS, *(name for name in vtc.list_methods() if name not in METHODS)]
+    ours = (name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc."))
+    return [*METHODS, *(name for name in ours if name not in METHODS)]
 
 
 def _control(model: Any, inputs: dict[str, Tensor], row: Row) -> Row:

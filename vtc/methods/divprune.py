@@ -27,7 +27,8 @@ class DivPrune(Method):
     ties, divides by zero on a zero row, picks a token twice once the distinct ones are used up, and prunes the first
     image of the first prompt only. vtc computes exactly (``vtc.ops.recursion``), never picks twice, and prunes every
     image by itself. The code re-numbers positions: ``positions="compact"``. Newlines compete like any token, as there
-    (being duplicates, about one survives); ``newlines="keep"`` spares them.
+    (being duplicates, about one survives); ``newlines="keep"`` spares them, which kept the answers about places of
+    our LLaVA-NeXT-shaped model (benchmarks/README.md).
 
     Defaults: the same for every family, no signal is needed. Published: ``keep=0.098`` for images (56 of LLaVA-1.5's
     576 tokens), 0.1 for video.
