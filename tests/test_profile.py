@@ -13,9 +13,9 @@ import zoo
 from typer.testing import CliRunner
 
 import vtc
-from vtc.methods import method_class
 from vtc.cli import app
 from vtc.methods import base as registry
+from vtc.methods import method_class
 from vtc.methods.base import register_method
 from vtc.methods.random import Random
 from vtc.models import resolve
