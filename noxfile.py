@@ -1,10 +1,10 @@
-"""What CI runs: `nox` lints, then tests on the newest and the oldest supported transformers, in lmms-eval and vLLM."""
+"""What CI runs: `nox` lints, then tests on the newest and the oldest supported transformers, and in lmms-eval."""
 
 import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "tests", "lmms_eval", "vllm"]
+nox.options.sessions = ["lint", "tests", "lmms_eval"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
