@@ -7,6 +7,7 @@ centres lie on a 4-pixel lattice, and digits have one size (a 5x7 bitmap of our 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -83,18 +84,30 @@ class Scene:
 def sample_scene(rng: np.random.Generator) -> Scene:
     """Draw 2 to 5 objects; colours repeat with probability 0.4 and shapes with 0.25, so that questions need both."""
     while True:
-        objects = _try_objects(rng, int(rng.choice((2, 3, 4, 5), p=(0.1, 0.3, 0.3, 0.3))))
+        objects = try_objects(rng, int(rng.choice((2, 3, 4, 5), p=(0.1, 0.3, 0.3, 0.3))), lambda r: _spot(rng, r))
         if objects is not None:
             return Scene(objects, int(rng.integers(2**31)))
 
 
-def _try_objects(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
+def _spot(rng: np.random.Generator, radius: int) -> tuple[int, int]:
+    """Draw a lattice point from which an object of this radius does not leave the picture."""
+    low, high = -(-radius // LATTICE), (SIZE - radius) // LATTICE
+    x, y = (int(v) * LATTICE for v in rng.integers(low, high + 1, size=2))
+    return x, y
+
+
+def try_objects(
+    rng: np.random.Generator, count: int, spot: Callable[[int], tuple[int, int]]
+) -> tuple[Object, ...] | None:
+    """Draw objects that keep their distance; ``None`` if one finds no room.
+
+    ``spot`` draws a place (x, y) for an object of a given radius.
+    """
     objects: list[Object] = []
     for _ in range(count):
         radius = int(rng.choice(RADII))
-        low, high = -(-radius // LATTICE), (SIZE - radius) // LATTICE
         for _ in range(25):
-            x, y = (int(v) * LATTICE for v in rng.integers(low, high + 1, size=2))
+            x, y = spot(radius)
             if all((x - o.x) ** 2 + (y - o.y) ** 2 >= (radius + o.radius + GAP) ** 2 for o in objects):
                 break
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vtc_tinyvlm.scenes import COLORS, GAP, LATTICE, PATCH, RADII, SHAPES, SIZE, Object, Scene
+from vtc_tinyvlm.scenes import LATTICE, PATCH, RADII, SIZE, Scene, try_objects
 
 FULL = 2 * SIZE
 # (width, height) of a picture, how often it is drawn, the most objects on it. The non-square ones are unpadded
@@ -33,7 +33,8 @@ def sample_scene(rng: np.random.Generator, picture: tuple[int, int]) -> Scene:
     """Draw 3 objects up to as many as the picture takes; colours and shapes repeat as in the first checkpoint's."""
     width, height = picture
     while True:
-        objects = _try_objects(rng, int(rng.integers(3, MOST_OBJECTS[width * height] + 1)), width, height)
+        count = int(rng.integers(3, MOST_OBJECTS[width * height] + 1))
+        objects = try_objects(rng, count, lambda radius: _spot(rng, radius, width, height))
         if objects is not None:
             return Scene(objects, int(rng.integers(2**31)), width, height)
 
@@ -47,23 +48,10 @@ def _free(size: int, radius: int) -> list[int]:
 _FREE = {(size, radius): _free(size, radius) for size in (96, 128, 192) for radius in RADII}
 
 
-def _try_objects(rng: np.random.Generator, count: int, width: int, height: int) -> tuple[Object, ...] | None:
-    objects: list[Object] = []
-    for _ in range(count):
-        radius = int(rng.choice(RADII))
-        columns, rows = _FREE[width, radius], _FREE[height, radius]
-        for _ in range(25):
-            x, y = columns[rng.integers(len(columns))], rows[rng.integers(len(rows))]
-            if all((x - o.x) ** 2 + (y - o.y) ** 2 >= (radius + o.radius + GAP) ** 2 for o in objects):
-                break
-        else:
-            return None
-        repeat_color = objects and rng.random() < 0.4
-        repeat_shape = objects and rng.random() < 0.25
-        color = objects[rng.integers(len(objects))].color if repeat_color else int(rng.integers(len(COLORS)))
-        shape = objects[rng.integers(len(objects))].shape if repeat_shape else int(rng.integers(len(SHAPES)))
-        objects.append(Object(shape, color, int(rng.integers(10)), x, y, radius))
-    return tuple(objects)
+def _spot(rng: np.random.Generator, radius: int, width: int, height: int) -> tuple[int, int]:
+    """Draw one of the free lattice points of a picture."""
+    columns, rows = _FREE[width, radius], _FREE[height, radius]
+    return columns[rng.integers(len(columns))], rows[rng.integers(len(rows))]
 
 
 def thumbnail_owner(owner: np.ndarray) -> np.ndarray:
