@@ -13,7 +13,7 @@ from vtc.config import CompressionConfig
 from vtc.methods import Method
 from vtc.methods.globalcom2 import GlobalCom2
 from vtc.models import Adapter, resolve
-from vtc.models.base import _REGISTRY
+from vtc.models.base import adapter_of
 from vtc.tokens import Layout, VisualTokens
 from vtc_vllm.globalcom2 import FixedGlobalCom2
 from vtc_vllm.settings import kept, settled, with_keep
@@ -42,7 +42,7 @@ class Selector:
 
     def __init__(self, model_config: Any, config: CompressionConfig) -> None:
         self.config, self.method = config, _fixed(config.build())
-        self.adapter: Adapter = _REGISTRY[model_config.model_type]
+        self.adapter: Adapter = adapter_of(model_config.model_type)
         self.base = _without_weights(model_config)
 
     def layouts(self, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:

@@ -205,6 +205,11 @@ def list_models() -> list[ModelFamily]:
     ]
 
 
+def adapter_of(model_type: str | None) -> Adapter:
+    """The adapter registered for a ``config.model_type``, else the generic one."""
+    return _REGISTRY.get(model_type) or Adapter()
+
+
 def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
     """The adapter and the parts of a model; PEFT wrappers are looked through.
 
@@ -215,7 +220,7 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
         model = model.get_base_model()
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    adapter = _REGISTRY.get(model_type) or Adapter()
+    adapter = adapter_of(model_type)
     known = None if model_type in _REGISTRY else REFUSED.get(model_type)  # a user's own adapter may know better
     reason = known or next(_violations(model, adapter), None)
     if reason is not None:
