@@ -102,7 +102,7 @@ def test_every_method_pruned_under_flash_attention_alone(smoke: list[dict[str, s
 
 @pytest.mark.parametrize("name", ["unpruned", *e2e.METHODS])
 def test_every_method_was_timed_end_to_end(smoke: list[dict[str, str]], name: str) -> None:
-    for phase in ("TTFT", "decode") if name == "unpruned" else ("TTFT", "decode", "entry"):
+    for phase in ("TTFT", "vision", "decode") if name == "unpruned" else ("TTFT", "vision", "decode", "select"):
         timed = [row for row in smoke if row["case"] == f"{phase}: {name}" and row["median"]]
         assert len(timed) == (1 if name == "globalcom2" else len(models.SPECS))
         assert all(row["correct"] == rows.YES and float(row["median"]) > 0 for row in timed)

@@ -276,6 +276,27 @@ def test_a_second_turn_may_bring_an_image(family: str) -> None:
     torch.testing.assert_close(later.logits[:, -1], at_once.logits[:, -1], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_call_after_a_cached_one_needs_no_mask() -> None:
+    model, batch = prepared("llava", images_per_sample=(1, 1), padding="none")
+    length = batch["input_ids"].shape[1]
+    results = []
+    with vtc.patch(model, EveryOther(after=(1, 2))):
+        for masked in (True, False):
+            cache, seen = DynamicCache(config=model.config.get_text_config()), len(SEEN)
+            for turn in (1, 2):
+                mask = {"attention_mask": batch["input_ids"].new_ones(2, turn * length)} if masked else {}
+                inputs = {name: value for name, value in batch.items() if name != "attention_mask"} | mask
+                logits = model(**inputs, past_key_values=cache).logits
+            results.append((logits, SEEN[seen:]))
+    (expected, heard), (got, also) = results
+    torch.testing.assert_close(got, expected)
+    assert len(heard) == len(also) == 4
+    for one, other in zip(heard, also, strict=True):
+        for name in SIGNALS:
+            torch.testing.assert_close(one.signals[name], other.signals[name])
+
+
 @pytest.mark.parametrize("family", SOME)
 def test_beams_carry_the_state_of_every_layer(family: str) -> None:
     if OLD and family == "paligemma":

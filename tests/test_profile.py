@@ -313,6 +313,7 @@ def test_the_command_writes_table_json_rows_and_chart(tmp_path):
     assert result.exit_code == 0, result.output
     for text in ("unpruned", "divprune 0.5", "grid 36", "realised", "Measured on cpu"):
         assert text in result.stdout
+    assert "…" not in result.stdout  # 80 columns are enough
     rows = list(csv.DictReader((tmp_path / "profile.csv").open()))
     keys = [(row["batch"], row["method"], row["keep"]) for row in rows]
     wanted = [("none", "1.0"), *itertools.product(("divprune", "grid"), ("0.5", "36"))]

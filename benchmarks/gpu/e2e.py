@@ -1,6 +1,6 @@
 """Part (c), end to end: time to the first token, decoding and memory of whole models, pruned and not.
 
-Random weights at full size, equal prompts of one image and 64 other tokens, ``generate`` as users call it. Floors:
+Random weights at full size, equal prompts of one image and 64 other tokens, timed as ``vtc profile`` times. Floors:
 
 - unpruned TTFT: the FLOPs at the measured rate of a matrix product;
 - TTFT of a method: the *ideal* time, unpruned TTFT times the share of FLOPs (vision included) that the method leaves.
@@ -14,9 +14,10 @@ A method is timed only where its prefill was found right.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor
 
 import vtc
 from benchmarks.gpu import floors, models
-from benchmarks.gpu.kernels import generate
-from benchmarks.gpu.methods import METHODS, UNPRUNED, around_entry, check, method
+from benchmarks.gpu.methods import METHODS, UNPRUNED, check, method, prefill
 from benchmarks.gpu.models import SPECS, Spec
 from benchmarks.gpu.rows import NO, SKIPPED, Row
 from benchmarks.gpu.suite import Suite
 from benchmarks.gpu.timing import Sample
 from vtc.ops.backend import backend
+from vtc.profiling.measure import Prefill, rounds, time_decode, with_peak
 
 BATCHES = (8, 1, 32)  # most telling first: time runs out at the end
 DECODED = 16
@@ -38,12 +39,11 @@ DECODED = 16
 
 @dataclass
 class Times:
-    """Milliseconds of one subject: of each run the first token and the entry stage, of each further token a step."""
+    """Of one subject: prefills, one a round; seconds of decode steps; bytes that a prefill needs at its peak."""
 
-    first: list[float] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
-    entry: list[float] = field(default_factory=list)
-    memory: float | None = None
+    peak: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,19 @@ def group(suite: Suite, spec: Spec, model: Any, batch: int, seconds: float) -> N
     for name in METHODS:
         if (found := _subject(suite, spec, model, sets[0], tokens, name, row)) is not None:
             subjects.append(found)
-    decoded = 3 if suite.smoke else DECODED
     times = {subject.name: Times() for subject in subjects}
-    for subject in subjects:  # warm-up
+    for subject in subjects:  # warms up
+        own = times[subject.name]
         with subject.patch():
-            generate(model, sets[0], 2)
-    rounds = 0
-    while rounds < (1 if suite.smoke else 2) or (not suite.smoke and rounds < 10 and time.monotonic() < until):
-        for subject in subjects:
-            _sample(model, sets[rounds % 2], decoded, subject, times[subject.name], suite.device)
-        rounds += 1
+            if suite.device.type == "cuda":  # elsewhere memory is the whole process's: not worth a row
+                own.peak = with_peak(suite.device, partial(prefill, model, sets[0]))[1]
+            own.steps = time_decode(model, sets[0], 3 if suite.smoke else DECODED)
+    done = 0
+    while done < (1 if suite.smoke else 2) or (not suite.smoke and done < 10 and time.monotonic() < until):
+        ways = [(subject.patch, sets[done % 2]) for subject in subjects]
+        for subject, (run,) in zip(subjects, rounds(model, ways, repeats=1, warmup=0), strict=True):
+            times[subject.name].prefills.append(run)
+        done += 1
     costs = floors.Costs(model, (spec.picture(spec.size),) * 2, spec.size.text)
     _report(suite, costs, row, subjects, times)
 
@@ -133,70 +136,12 @@ def _subject(
     return Subject(name, lambda: vtc.patch(model, chosen), handle.report().tokens_per_layer, note)
 
 
-def _sample(
-    model: Any, inputs: dict[str, Tensor], decoded: int, subject: Subject, times: Times, device: torch.device
-) -> None:
-    """One run of ``generate``, its forward passes marked."""
-    passes, entry = _Marks(device), _Marks(device)
-    held = 0
-    if device.type == "cuda":  # the allocator keeps what it has: asking the driver again would be timed
-        torch.cuda.synchronize(device)
-        held = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    hook = model.register_forward_hook(lambda *_: passes.mark())
-    try:
-        with subject.patch(), _entry(model, subject, entry):
-            passes.mark()
-            generate(model, inputs, 1 + decoded)
-    finally:
-        hook.remove()
-    first, *steps = passes.between()
-    times.first.append(first)
-    times.steps += steps
-    times.entry += entry.between()[:1]
-    if device.type == "cuda":
-        times.memory = (torch.cuda.max_memory_allocated(device) - held) / 2**30
-
-
-@contextmanager
-def _entry(model: Any, subject: Subject, marks: _Marks) -> Iterator[None]:
-    if subject.name == UNPRUNED:
-        yield
-        return
-    with around_entry(model, marks.mark, marks.mark):
-        yield
-
-
-class _Marks:
-    """Points in time: device events, or on the CPU the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.points: list[Any] = []
-
-    def mark(self) -> None:
-        """Now."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.points.append(event)
-        else:
-            self.points.append(time.perf_counter())
-
-    def between(self) -> list[float]:
-        """Milliseconds from each point to the next."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [a.elapsed_time(b) for a, b in zip(self.points, self.points[1:], strict=False)]
-        return [(b - a) * 1e3 for a, b in zip(self.points, self.points[1:], strict=False)]
-
-
 def _report(suite: Suite, costs: floors.Costs, row: Row, subjects: list[Subject], times: dict[str, Times]) -> None:
     add, able = suite.sheet.add, suite.ceilings
-    before = _halves(times[UNPRUNED].first).median
+    before = _halves([run.total for run in times[UNPRUNED].prefills]).median
     for subject in subjects:
         own, visual = times[subject.name], subject.visual
-        first, steps = _halves(own.first), _halves(own.steps)
+        first, steps = _halves([run.total for run in own.prefills]), _halves(own.steps)
         if subject.name == UNPRUNED:
             floor, note = able.of(row.batch * costs.prefill(visual)), first.note
         else:
@@ -206,22 +151,25 @@ def _report(suite: Suite, costs: floors.Costs, row: Row, subjects: list[Subject]
         add(_timed(replace(row, case=f"TTFT: {subject.name}", floor=floor, note=note), first))
         floor = able.of(moved=costs.step(visual, row.batch))
         add(_timed(replace(row, case=f"decode: {subject.name}", floor=floor, note=steps.note), steps))
-        if own.entry:
-            entry = _halves(own.entry)
-            add(_timed(replace(row, case=f"entry: {subject.name}", note=f"select and compact; {entry.note}"), entry))
+        vision = _halves([run.vision for run in own.prefills])
+        add(_timed(replace(row, case=f"vision: {subject.name}", note=f"all before the decoder; {vision.note}"), vision))
+        if subject.name != UNPRUNED:
+            select = _halves([run.select for run in own.prefills])
+            add(_timed(replace(row, case=f"select: {subject.name}", note=f"all hooks of vtc; {select.note}"), select))
         memory = replace(row, case=f"peak memory: {subject.name}", unit="GiB", note="without weights; floor: the cache")
-        if own.memory is None:
+        if own.peak is None:
             add(replace(memory, correct=SKIPPED, note=f"nobody counts memory on {suite.device.type}"))
         else:
-            add(replace(memory, median=own.memory, floor=costs.cache(visual, row.batch) / 2**30))
+            add(replace(memory, median=own.peak / 2**30, floor=costs.cache(visual, row.batch) / 2**30))
 
 
 def _timed(row: Row, sample: Sample) -> Row:
     return replace(row, median=sample.median, p10=sample.p10, p90=sample.p90)
 
 
-def _halves(series: list[float]) -> Sample:
-    """Every other measurement against those between: the same thing twice."""
+def _halves(seconds: list[float]) -> Sample:
+    """In milliseconds, every other measurement against those between: the same thing twice."""
+    series = [1e3 * each for each in seconds]
     return Sample.of(series[::2], series[1::2])
 
 

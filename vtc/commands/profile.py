@@ -89,7 +89,8 @@ def profile(
             progress=lambda message: console.print(f"[dim]{message} ...[/]"),
         )
         about = describe(vlm, name, workload)
-        console.print(table_of(measured))
+        for table in tables_of(measured):
+            console.print(table)
         console.print(NOTES, markup=False, highlight=False)
         console.print(MEASURED.format(**about), markup=False, highlight=False)
         if out is not None:
@@ -200,29 +201,55 @@ def row_of(measurement: Measurement) -> dict[str, Any]:
     return row | {"correct": not measurement.faults, "faults": "; ".join(measurement.faults)}
 
 
-def table_of(measured: list[Measurement]) -> Table:
-    """The table in the terminal."""
-    from rich.table import Table
+def tables_of(measured: list[Measurement]) -> list[Table]:
+    """For each batch size where the time goes, and what pruning brings: two tables that fit 80 columns."""
+    from itertools import groupby
 
+    tables = []
+    for batch, group in groupby(measured, key=lambda each: each.batch):
+        rows = list(group)
+        tables += [_times_of(rows, f"Time to first token, ms, batch {batch}"), _gains_of(rows)]
+    return tables
+
+
+def _times_of(measured: list[Measurement], title: str) -> Table:
     from vtc.profiling.chart import label_of
 
-    decoded = any(each.decode for each in measured)
-    table = Table(
-        *("batch", "", "tokens", "TTFT ms", "vision", "select", "prefill"),
-        *(["decode"] if decoded else []),
-        *("peak MiB", "cache MiB", "speed-up", "ideal", "realised"),
-    )
+    table = _table(title, "", "tokens", "TTFT", "vision", "select", "prefill")
     for each in measured:
-        decode = [_ms(each.decode)] if decoded else []
         table.add_row(
-            *(str(each.batch), label_of(each), f"{each.kept_tokens:.0f}"),
+            label_of(each),
+            f"{each.kept_tokens:.0f}",
             f"{_ms(each.ttft)} [dim]({_ms(each.ttft, 'low')}-{_ms(each.ttft, 'high')})[/]",
-            *(_ms(each.vision), _ms(each.select), _ms(each.prefill), *decode),
-            "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:.0f}",
-            f"{each.cache_bytes / 2**20:.1f}",
-            *_gain(each),
-            end_section=each is measured[-1] or each.batch != measured[measured.index(each) + 1].batch,
+            *(_ms(each.vision), _ms(each.select), _ms(each.prefill)),
         )
+    return table
+
+
+def _gains_of(measured: list[Measurement]) -> Table:
+    from vtc.profiling.chart import label_of
+
+    decoded, peaked = any(each.decode for each in measured), any(each.peak_bytes for each in measured)
+    optional = [*(["decode\nms"] if decoded else []), *(["peak\nMiB"] if peaked else [])]
+    table = _table(None, "", "speed-up", "ideal", "realised", *optional, "cache\nMiB")
+    for each in measured:
+        table.add_row(
+            label_of(each),
+            *_gain(each),
+            *([_ms(each.decode)] if decoded else []),
+            *(["" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:.0f}"] if peaked else []),
+            f"{each.cache_bytes / 2**20:.1f}",
+        )
+    return table
+
+
+def _table(title: str | None, *names: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for at, name in enumerate(names):
+        table.add_column(name, justify="right" if at else "left", no_wrap=True)
     return table
 
 
@@ -236,7 +263,7 @@ def _gain(measurement: Measurement) -> tuple[str, str, str]:
     return (
         f"{speedup.median:.2f}x [dim]({speedup.low:.2f}-{speedup.high:.2f})[/]",
         ideal,
-        f"{realised.median:.0%} [dim]({realised.low:.0%}-{realised.high:.0%})[/]",
+        f"{100 * realised.median:.0f} % [dim]({100 * realised.low:.0f}-{100 * realised.high:.0f})[/]",
     )
 
 

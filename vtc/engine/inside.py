@@ -100,13 +100,17 @@ class Inside:
         inside.where = inside._locate()
         return inside
 
-    def padding(self) -> Tensor | None:
-        """The 2-D padding mask over stored keys and the present columns, ``None`` if nothing is padding."""
-        if self.head is None and min(self.counts) == self.index.shape[1]:
-            return None
-        head = self.head
+    def padding(self, past: int, head: Tensor | None) -> Tensor | None:
+        """Bool [B, past + M], what is no padding among stored keys and present columns; ``None`` if all of it.
+
+        Args:
+            past: keys that a layer stored before this call.
+            head: [B, past], what is no padding among them, ``None`` if all of it.
+        """
         if head is None:
-            head = self.valid.new_ones(len(self.valid), self.past)
+            if min(self.counts) == self.index.shape[1]:
+                return None
+            head = self.valid.new_ones(len(self.valid), past)
         return torch.cat([head.bool(), self.valid], dim=1)
 
     def seen_by_row(self) -> list[int]:
@@ -155,9 +159,9 @@ class Inside:
 
     def tokens(self, hidden: Tensor, signals: dict[str, Tensor]) -> InsideTokens:
         """What a method sees."""
-        flat = torch.cat([hidden.detach().flatten(0, 1), hidden.new_zeros(1, hidden.shape[-1])])
+        flat = hidden.detach().flatten(0, 1)
         return InsideTokens(
-            flat[self.where],
+            flat[self.where.clamp(max=len(flat) - 1)],
             tuple(image.layout for image in self.plan.images),
             tuple(image.row for image in self.plan.images),
             self.alive,

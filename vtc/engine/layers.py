@@ -190,7 +190,8 @@ class LayerStages:
             if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
                 inside.masks[kind] = self._prepared(index, given, inside, cache)
             else:
-                inside.masks[kind] = causal_mask(self.parts, index, call.hidden, inside.padding(), cache)
+                padding = inside.padding(inside.past, inside.head)
+                inside.masks[kind] = causal_mask(self.parts, index, call.hidden, padding, cache)
         return inside.masks[kind]
 
     def _prepared(self, index: int, given: Tensor, inside: Inside, cache: Any) -> Tensor:
@@ -226,7 +227,7 @@ class LayerStages:
             call.hidden.detach(),
             call.kwargs["position_embeddings"],
             keys=taps.stored_keys(cache, index, past),
-            valid=inside.valid if head is None else torch.cat([head.bool(), inside.valid], 1),
+            valid=inside.padding(past, head),
             prepared=prepared,
             window=window_of(self.parts.decoder.config, index),
         )

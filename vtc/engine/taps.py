@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +81,7 @@ class Rows:
         key: [B, Hkv, P + M, dh], keys stored before and those of the columns, after RoPE.
         there: bool [B, T], which rows are wanted. They stand at the end, in order.
         position: LongTensor [B, T], where they are among the keys.
-        valid: bool [B, P + M], keys that are no padding.
+        valid: bool [B, P + M], keys that are no padding; ``None``: none is.
         allowed: bool [B, T, P + M] to obey instead of causality, or ``None``.
         window: how many keys back the layer looks, ``None`` for all.
         past: P.
@@ -90,7 +92,7 @@ class Rows:
     key: Tensor
     there: Tensor
     position: Tensor
-    valid: Tensor
+    valid: Tensor | None
     allowed: Tensor | None
     window: int | None
     past: int
@@ -105,7 +107,7 @@ class Rows:
         longest: int,
         *,
         keys: Tensor | None,
-        valid: Tensor,
+        valid: Tensor | None,
         prepared: Tensor | None,
         window: int | None,
     ) -> Rows:
@@ -118,7 +120,7 @@ class Rows:
             which: bool [B, M], the rows wanted.
             longest: the most rows any sample wants (host integer).
             keys: [B, Hkv, P, dh], keys stored before, after RoPE, or ``None``.
-            valid: bool [B, P + M], keys that are no padding.
+            valid: bool [B, P + M], keys that are no padding; ``None``: none is.
             prepared: 4-D mask over the M columns to obey instead of causality (prefix-LM families).
             window: how many keys back the layer looks, ``None`` for all.
         """
@@ -187,6 +189,12 @@ def _heads(attention: nn.Module, x: Tensor, side: str) -> Tensor:
 def _rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The family's own rotary embedding, found where its attention was defined."""
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    if len([p for p in inspect.signature(apply).parameters if p in ("q", "k")]) == 2:
-        return apply(x, x, cos, sin)[0]
+    if _rotates_pairs(apply):
+        return apply(x, x[:, :0], cos, sin)[0]  # keys of no head: only one of the two is wanted
     return apply(x, cos, sin)
+
+
+@functools.cache
+def _rotates_pairs(apply: Callable[..., Any]) -> bool:
+    """Whether it wants queries and keys together."""
+    return {"q", "k"} <= inspect.signature(apply).parameters.keys()

@@ -52,10 +52,10 @@ def transition_variation(
     sound = torch.isfinite(norm_a) & torch.isfinite(norm_b)
     if mask is not None:
         sound = sound & mask
-    a, b = (x.masked_fill(~sound[..., None], 0.0) for x in (a, b))
-    norm_a, norm_b = (x.masked_fill(~sound, 0.0) for x in (norm_a, norm_b))
     tiny = torch.finfo(torch.float32).tiny
-    cosine = (a / norm_a.clamp_min(tiny)[..., None] * (b / norm_b.clamp_min(tiny)[..., None])).sum(-1)
+    # a.b is at most |a||b|: it is finite where the norms are, and the first division leaves at most |b|
+    cosine = (a * b).sum(-1) / norm_a.clamp_min(tiny) / norm_b.clamp_min(tiny)
+    cosine, norm_a, norm_b = (x.masked_fill(~sound, 0.0) for x in (cosine, norm_a, norm_b))
     turn = 1.0 - (cosine.abs() if absolute else cosine)
     weight = torch.exp(turn) if mask is None else torch.exp(turn) * mask
     share = weight / weight.sum(-1, keepdim=True).clamp_min(tiny)
