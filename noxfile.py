@@ -1,13 +1,31 @@
 """What CI runs: `nox` lints, then tests on the newest and the oldest supported transformers, and in lmms-eval."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import nox
 
-nox.options.default_venv_backend = "venv"
+nox.options.default_venv_backend = "uv|venv"  # with uv, environments are there in seconds
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "tests", "lmms_eval"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+"""With the uv beside nox, for scripts."""
+
+# uv reads none of pip's settings, and a CPU build of torch may lie in a folder that they name
+_links = subprocess.run(
+    [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
+)
+if _links.returncode == 0:
+    os.environ.setdefault("UV_FIND_LINKS", _links.stdout.strip())
+
+ANY_TRANSFORMERS = ("budget", "gpu_suite", "kernels_*", "ops*", "packaging", "tokens")
+"""Tests that no release of transformers can change: once is enough."""
 
 
 @nox.session
@@ -23,16 +41,17 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session, transformers: str) -> None:
     """The whole test suite; arguments after `--` go to pytest."""
     session.install("--upgrade", "-c", "constraints.txt", "-e", ".[test]", transformers)
-    arguments = session.posargs or ["-q", "-n", "2", "--dist", "loadgroup"]
-    if transformers != "transformers":  # the kernels know nothing of transformers: once is enough
-        arguments = [*arguments, "--ignore-glob=tests/test_kernels_*"]
+    # a file's tests share models and references, so one process runs them all; files in order, the short ones last
+    arguments = session.posargs or ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    if transformers != "transformers":
+        arguments = [*arguments, *(f"--ignore-glob=tests/test_{name}.py" for name in ANY_TRANSFORMERS)]
     session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
 
 
 @nox.session
 def lmms_eval(session: nox.Session) -> None:
     """The shipped model on the shipped scenes, run by lmms-eval itself in an environment of its own."""
-    session.run("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True)
+    session.run("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
     arguments = session.posargs or ["-q", "-m", "lmms_eval", "tests/test_lmms_eval_runs.py"]
     session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
 
@@ -40,5 +59,5 @@ def lmms_eval(session: nox.Session) -> None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """The same answers from vLLM's CPU build as from transformers, in an environment of its own."""
-    session.run("bash", ".ci/vllm/install", f"{session.bin}/python", external=True)
+    session.run("bash", ".ci/vllm/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
     session.run("python", "-m", "pytest", *(session.posargs or ["-q", "-m", "vllm", "tests/test_vllm.py"]), env=OFFLINE)

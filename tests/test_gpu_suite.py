@@ -25,7 +25,6 @@ from benchmarks.gpu.timing import Deadline, Sample
 from vtc import ops
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.xdist_group("gpu_suite")  # one smoke run for all tests
 
 
 def command(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
