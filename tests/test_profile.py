@@ -233,7 +233,8 @@ def test_token_counts_are_those_of_the_papers():
         counts.append(int((ids == model.config.image_token_id).sum()))
     assert counts == [576 + 48 * 49, 576 + 48 * 25, 576 + 36 * 49]
     model = zoo.get_model("qwen2_5_vl")
-    assert Workload(image=(64, 32)).inputs(model, 1)["image_grid_thw"].tolist() == [[1, 16, 32]]
+    grids = [Workload(image=size).inputs(model, 1)["image_grid_thw"].tolist() for size in ((128, 64), (64, 32))]
+    assert grids == [[[1, 32, 64]], [[1, 20, 40]]]  # cells of 2 pixels; the second is below 56x56 pixels and grows
 
 
 def test_a_processor_cuts_the_picture_where_there_is_one(model):

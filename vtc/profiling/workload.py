@@ -1,15 +1,13 @@
 """Something to measure on: inputs of a given image size made from a config alone, and models with random weights.
 
 Latency does not depend on what a picture shows or what weights have learned, so neither a processor nor a checkpoint is
-needed. Where there is a processor, it cuts the picture; else the shapes that it would produce are made here.
+needed. Where there is a processor, it cuts the picture; else what enters has the shapes that it would produce, by the
+rules of :mod:`vtc.profiling.images`.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.engine.encode import feature_lengths
 from vtc.models import Parts, resolve
+from vtc.profiling.images import Feed, Picture, feed_of
 
+TILED = {"llava", "vipllava", "gemma3", "paligemma", "internvl", "llava_next", "llava_next_video", "llava_onevision"}
+"""Families whose pictures enter the tower as one or several of its own size."""
 LONGEST_ASPECT = 200
 """Processors of the Qwen-VL line refuse pictures that are longer than this times their width."""
 
@@ -74,8 +74,9 @@ class Workload:
 
     def _sample(self, parts: Parts, rng: torch.Generator, processor: Any) -> dict[str, Tensor]:
         if processor is None:
-            visual = _pixels(parts, self.image, rng)
-            ids = [*_words(parts, 1, rng), *[parts.placeholders["image"]] * _tokens(parts, visual)]
+            feed = feed_of(parts, Picture(*(self.image or _native(parts))))
+            visual = _pixels(parts, feed, rng)
+            ids = [*_words(parts, 1, rng), *[parts.placeholders["image"]] * sum(feed.lengths)]
         else:
             visual, ids = self._processed(parts, rng, processor)
         own = sum(token not in parts.placeholders.values() for token in ids)
@@ -108,79 +109,35 @@ def _native(parts: Parts) -> tuple[int, int]:
     if hasattr(parts.config, "image_grid_pinpoints"):
         height, width = max(parts.config.image_grid_pinpoints, key=lambda sides: sides[0] * sides[1])
         return width, height
-    return (672, 672) if _is_grid(parts) or not isinstance(side, int) else (side, side)
+    any_size = hasattr(parts.config.vision_config, "temporal_patch_size") or not isinstance(side, int)
+    return (672, 672) if any_size else (side, side)
 
 
-def _is_grid(parts: Parts) -> bool:
-    return hasattr(parts.config.vision_config, "temporal_patch_size")
-
-
-def _pixels(parts: Parts, image: tuple[int, int] | None, rng: torch.Generator) -> dict[str, Tensor]:
-    """What the family's processor makes of one picture of (width, height), normalised."""
-    config, vision = parts.config, parts.config.vision_config
-    width, height = image or _native(parts)
+def _pixels(parts: Parts, feed: Feed, rng: torch.Generator) -> dict[str, Tensor]:
+    """What the family's processor makes of one picture, normalised."""
+    family, vision = parts.config.model_type, parts.config.vision_config
+    arguments = {name: torch.as_tensor(value) for name, value in feed.arguments.items()}
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng)
 
-    if _is_grid(parts):
-        patch, merge, times = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        rows, columns = (max(1, round(side / (patch * merge))) * merge for side in (height, width))
-        pixels = getattr(vision, "in_channels", 3) * times * patch * patch
-        return {
-            "pixel_values": noise(rows * columns, pixels),
-            "image_grid_thw": torch.tensor([[1, rows, columns]]),
-        }
-    if hasattr(config, "image_grid_pinpoints"):
-        count = sys.modules[type(parts.base).__module__].image_size_to_num_patches(
-            torch.tensor([height, width]), config.image_grid_pinpoints, vision.image_size
-        )
-        sizes = {"image_sizes": torch.tensor([[height, width]])}
-        if config.model_type == "llava_onevision":
-            sizes["batch_num_images"] = torch.tensor([1])
-        return {"pixel_values": noise(1, count, 3, vision.image_size, vision.image_size), **sizes}
+    if "image_grid_thw" in arguments:
+        values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
+        return {"pixel_values": noise(feed.patches, values), **arguments}
     if vision.model_type == "pixtral":
-        cell = vision.patch_size * getattr(config, "spatial_merge_size", 1)
-        scale = min(1.0, vision.image_size / max(width, height))
-        height, width = (max(1, math.ceil(side * scale / cell)) * cell for side in (height, width))
-        return {"pixel_values": noise(1, 3, height, width), "image_sizes": torch.tensor([[height, width]])}
-    if config.model_type in ("llava", "vipllava", "gemma3", "paligemma", "internvl"):
-        sides = vision.image_size if isinstance(vision.image_size, (list, tuple)) else (vision.image_size,) * 2
-        tiles = _tiles(width, height, sides[0]) if config.model_type == "internvl" else 1
-        return {"pixel_values": noise(tiles, 3, *sides)}
-    raise ValueError(
-        f"what the processor of model_type {config.model_type!r} makes of a picture is not known here; "
-        "profile a checkpoint that has its processor with it"
-    )
-
-
-def _tiles(width: int, height: int, side: int, most: int = 12) -> int:
-    """InternVL: tiles of the mosaic (at most 12) nearest to the picture's shape, and a thumbnail if there are several.
-
-    Of equally good mosaics the larger one is taken if the picture fills half of it, as InternVL's processor does.
-    """
-    best, nearest = (1, 1), math.inf
-    mosaics = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
-    for columns, rows in sorted(mosaics, key=lambda mosaic: mosaic[0] * mosaic[1]):
-        distance = abs(width / height - columns / rows)
-        if distance < nearest or (distance == nearest and width * height > 0.5 * side * side * columns * rows):
-            best, nearest = (columns, rows), distance
-    count = best[0] * best[1]
-    return count + (count > 1)
-
-
-@torch.inference_mode()
-def _tokens(parts: Parts, visual: Mapping[str, Tensor]) -> int:
-    """How many features the encoder makes of one picture: it is asked."""
-    weight = next(parts.root.parameters())
-    given = {n: x.to(weight.device, weight.dtype if x.is_floating_point() else None) for n, x in visual.items()}
-    names = inspect.signature(parts.base.get_image_features).parameters
-    lengths = feature_lengths(
-        parts.base.get_image_features(**{n: x for n, x in given.items() if n in names}, return_dict=True)
-    )
-    if not lengths:
-        raise ValueError(f"the vision tower of this {type(parts.root).__name__} gives no list of features to count")
-    return sum(lengths)
+        return {"pixel_values": noise(1, 3, *arguments["image_sizes"][0].tolist()), **arguments}
+    if family not in TILED:
+        raise ValueError(
+            f"what the processor of model_type {family!r} makes of a picture is not known here; profile a checkpoint "
+            "that has its processor with it"
+        )
+    sides = vision.image_size if isinstance(vision.image_size, (list, tuple)) else (vision.image_size,) * 2
+    pixels = noise(len(feed.sequences), 3, *sides)
+    if "image_sizes" not in arguments:
+        return {"pixel_values": pixels}
+    if family == "llava_onevision":
+        arguments["batch_num_images"] = torch.tensor([1])
+    return {"pixel_values": pixels[None], **arguments}
 
 
 def _words(parts: Parts, count: int, rng: torch.Generator) -> list[int]:
