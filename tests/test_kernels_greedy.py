@@ -28,6 +28,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from vtc import ops
 from vtc.ops import recursion
 from vtc.ops.kernels import greedy as kernels
+from vtc.ops.kernels import recursion as device_code
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OWN_PROCESS = DEVICE == "cpu" and not isinstance(tl.zeros, InterpretedFunction)
@@ -250,7 +251,7 @@ def test_batches_in_parts(mode, monkeypatch):
 
 @here
 def test_few_picks_need_no_matrix(monkeypatch):
-    monkeypatch.setattr(kernels._Job, "with_matrix", None)
+    monkeypatch.setattr(kernels._Launches, "with_matrix", None)
     monkeypatch.setattr(kernels, "GRAM_ROWS_PER_PICK", 4)
     check("k_center", data(0, 30, 4), 7, monkeypatch)
     with pytest.raises(TypeError, match="NoneType"):
@@ -287,7 +288,7 @@ def test_inputs_are_left_alone(regime, monkeypatch):
 def test_empty_batches_and_rows_too_wide(monkeypatch):
     check("isolated", torch.zeros(0, 5, 3), 2, monkeypatch)
     monkeypatch.setattr(kernels, "WIDEST", 7)
-    monkeypatch.setattr(kernels, "_Job", None)  # the reference makes these picks
+    monkeypatch.setattr(kernels, "_Launches", None)  # the reference makes these picks
     check("isolated", data(0, 9, 8), 4, monkeypatch)
 
 
@@ -328,12 +329,17 @@ def test_the_same_errors(call, monkeypatch):
     assert caught[0] == caught[1]
 
 
+def launches_of(x: Tensor) -> kernels._Launches:
+    """For a first pick of token 0, out of all."""
+    mask, start = torch.ones(x.shape[:2], dtype=torch.uint8), torch.zeros(len(x), dtype=torch.long)
+    return kernels._Launches(recursion.Job(x, 1, mask.to(x.device), start.to(x.device), None, 0.0, False))
+
+
 def similarities(x: Tensor) -> Tensor:
     """The matrix that the loop reads."""
-    n, everything = x.shape[1], torch.ones(x.shape[:2], dtype=torch.uint8, device=x.device)
-    job = kernels._Job(x, 1, everything, torch.zeros(x.shape[0], dtype=torch.long, device=x.device), None, 0.0, False)
-    matrix = torch.full((x.shape[0], job.tiles * 128, job.tiles * 128), math.nan, device=x.device)
-    job._gram(job._digits(), matrix)
+    n, launches = x.shape[1], launches_of(x)
+    matrix = torch.full((x.shape[0], launches.tiles * 128, launches.tiles * 128), math.nan, device=x.device)
+    launches._gram(launches._digits(), matrix)
     return matrix[:, :n, :n]
 
 
@@ -354,14 +360,14 @@ def test_similarities_are_the_bits_of_the_reference(kind, large_blocks):
     [("_ROUND", 0.0), ("_UNIT", recursion.UNIT - 1), ("_UNIT_SQUARED", (recursion.UNIT + 1) ** -2)],
 )
 def test_wrong_bits_are_noticed(constant, value, monkeypatch, large_blocks):
-    monkeypatch.setattr(kernels, constant, tl.constexpr(value))
+    monkeypatch.setattr(device_code, constant, tl.constexpr(value))
     assert not same_bits("gauss")
 
 
 @interpreted
 @pytest.mark.parametrize(("constant", "value"), [("_LONE", 2.0), ("_PADDING", 0.5), ("_INFINITY", 0.5)])
 def test_wrong_picks_are_noticed(constant, value, regime, monkeypatch):
-    monkeypatch.setattr(kernels, constant, tl.constexpr(value))
+    monkeypatch.setattr(device_code, constant, tl.constexpr(value))
     got, expected = both("isolated", data(0, 12, 8), 12, monkeypatch, mask=torch.arange(12) % 4 > 0)
     assert not torch.equal(got, expected)
 
@@ -373,10 +379,9 @@ def test_length_is_the_same_in_every_order():
     order = torch.randperm(700, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def scales(rows: Tensor) -> Tensor:
-        mask, start = torch.ones(1, 40, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
-        job = kernels._Job(rows.contiguous(), 1, mask.to(DEVICE), start.to(DEVICE), None, 0.0, False)
-        job._digits(keep=False)
-        return job.scale
+        launches = launches_of(rows.contiguous())
+        launches._digits(keep=False)
+        return launches.scale
 
     assert torch.equal(scales(x), scales(x[..., order]))
     assert torch.equal(scales(x), scales(x.flip(-1)))

@@ -129,10 +129,11 @@ def _pick(
     if importance is not None:
         importance = importance.detach().reshape(b, n).float().nan_to_num(nan=0.0)
 
+    job = recursion.Job(x, k, mask, start, importance, balance, running_sum)
     if backend(x.device) == "triton":
         from vtc.ops.kernels import greedy as kernels
 
-        picks = kernels.picks(x, k, mask, start, importance, balance, running_sum)
+        picks = kernels.picks(job)
     else:
-        picks = recursion.picks(x, k, mask, start, importance, balance, running_sum)
+        picks = recursion.picks(job)
     return picks[0] if features.ndim == 2 else picks

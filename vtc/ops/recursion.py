@@ -18,7 +18,8 @@ Large images in eager CPU tensors take a third way to the same picks, which bran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,18 +51,11 @@ def first_max(score: Tensor) -> Tensor:
     return torch.where(score == score.amax(-1, keepdim=True), index, n - 1).amin(-1)
 
 
-def picks(
-    x: Tensor,
-    k: int,
-    mask: Tensor,
-    start: Tensor | None,
-    importance: Tensor | None,
-    balance: float,
-    running_sum: bool,
-) -> Tensor:
-    """The first k picks of every image; arguments have been checked by ``vtc.ops.greedy``.
+@dataclass(frozen=True)
+class Job:
+    """Images, and how to pick from them; arguments have been checked by ``vtc.ops.greedy``.
 
-    Args:
+    Attributes:
         x: float [B, N, d].
         k: 1 <= k <= N.
         mask: bool [B, N], False for padding.
@@ -69,71 +63,79 @@ def picks(
         importance: float32 [B, N] without NaN, or None.
         balance: weight of the importance.
         running_sum: the penalty is a sum instead of a maximum.
-
-    Returns:
-        LongTensor [B, k], pick order.
     """
-    b, n, d = x.shape
-    lazy = _lazy(x, k, running_sum)
-    part = 1 if lazy else max(1, GRAM_ENTRIES // (n * max(n, d, 1)))
-    chosen = []
-    for s in range(0, max(b, 1), part):
-        of = slice(s, s + part)
-        first = None if start is None else start[of]
-        weights = None if importance is None else importance[of]
-        if lazy:
-            chosen.append(_lazy_picks(x[of], k, mask[of], first, weights, balance))
-        else:
-            chosen.append(_picks(x[of], k, mask[of], first, weights, balance, running_sum))
+
+    x: Tensor
+    k: int
+    mask: Tensor
+    start: Tensor | None
+    importance: Tensor | None
+    balance: float
+    running_sum: bool
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether the first pick asks for the similarities of all pairs."""
+        return self.start is None and self.importance is None
+
+    def parts(self, size: int) -> Iterator[Job]:
+        """The same for at most ``size`` images at a time; once, if there is none."""
+        for at in range(0, max(len(self.x), 1), size):
+            of = slice(at, at + size)
+            start = None if self.start is None else self.start[of]
+            importance = None if self.importance is None else self.importance[of]
+            yield replace(self, x=self.x[of], mask=self.mask[of], start=start, importance=importance)
+
+
+def picks(job: Job) -> Tensor:
+    """The first k picks of every image: LongTensor [B, k], in pick order."""
+    _, n, d = job.x.shape
+    lazy = _lazy(job.x, job.k, job.running_sum)
+    make, size = (_lazy_picks, 1) if lazy else (_picks, max(1, GRAM_ENTRIES // (n * max(n, d, 1))))
+    chosen = [make(part) for part in job.parts(size)]
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
-def _picks(
-    x: Tensor,
-    k: int,
-    mask: Tensor,
-    start: Tensor | None,
-    importance: Tensor | None,
-    balance: float,
-    running_sum: bool,
-) -> Tensor:
+def _picks(job: Job) -> Tensor:
     """The recursion itself, for a part of the batch."""
-    n = x.shape[1]
-    z = _unit_integers(x)
-    all_pairs = start is None and importance is None
-    gram = n * n <= GRAM_ENTRIES and (all_pairs or n <= GRAM_ROWS_PER_PICK * k)
+    n, mask = job.x.shape[1], job.mask
+    z = _unit_integers(job.x)
+    gram = n * n <= GRAM_ENTRIES and (job.all_pairs or n <= GRAM_ROWS_PER_PICK * job.k)
     similarity = _by_gram(z) if gram else _by_product(z)
 
-    base, weight = _terms(mask, importance, balance)
-    pick = _given_first(mask, start, importance)
+    base, weight = _terms(job)
+    pick = _given_first(job)
     if pick is None:
         pick = first_max((-_nearest(similarity, mask)).masked_fill(~mask, _PADDING))
 
     picks = [pick]
     penalty: Tensor | None = None
-    for _ in range(k - 1):
+    for _ in range(job.k - 1):
         base.scatter_(1, pick[:, None], -torch.inf)
         row = similarity(pick)
         if penalty is None:
-            penalty = row.to(z.dtype) if running_sum else row
+            penalty = row.to(z.dtype) if job.running_sum else row
         else:
-            penalty = penalty + row if running_sum else torch.maximum(penalty, row)
+            penalty = penalty + row if job.running_sum else torch.maximum(penalty, row)
         pick = first_max(base - penalty * weight)  # two roundings on every device, never one
         picks.append(pick)
     return torch.stack(picks, 1)
 
 
-def _terms(mask: Tensor, importance: Tensor | None, balance: float) -> tuple[Tensor, float]:
+def _terms(job: Job) -> tuple[Tensor, float]:
     """Base of every token, float32 [B, N], and the weight of the penalty."""
-    base = balance * importance if importance is not None else torch.zeros(mask.shape, device=mask.device)
-    return base.masked_fill(~mask, _PADDING), 1.0 - balance if importance is not None else 1.0
+    if job.importance is None:
+        base, weight = torch.zeros(job.mask.shape, device=job.mask.device), 1.0
+    else:
+        base, weight = job.balance * job.importance, 1.0 - job.balance
+    return base.masked_fill(~job.mask, _PADDING), weight
 
 
-def _given_first(mask: Tensor, start: Tensor | None, importance: Tensor | None) -> Tensor | None:
+def _given_first(job: Job) -> Tensor | None:
     """The first picks, LongTensor [B], where no similarity is needed for them."""
-    if start is not None or importance is None:
-        return start
-    return first_max(importance.masked_fill(~mask, _PADDING))
+    if job.start is not None or job.importance is None:
+        return job.start
+    return first_max(job.importance.masked_fill(~job.mask, _PADDING))
 
 
 def _lazy(x: Tensor, k: int, running_sum: bool) -> bool:
@@ -144,19 +146,18 @@ def _lazy(x: Tensor, k: int, running_sum: bool) -> bool:
     return min(b, d) > 0 and n >= LAZY_TOKENS and k <= n * LAZY_SHARE and cpu.exact_float32()
 
 
-def _lazy_picks(
-    x: Tensor, k: int, mask: Tensor, start: Tensor | None, importance: Tensor | None, balance: float
-) -> Tensor:
+def _lazy_picks(job: Job) -> Tensor:
     """The picks of one image by ``vtc.ops.cpu``, or by the recursion above if no token can be ruled out cheaply."""
+    x = job.x
     z = torch.empty(x.shape[1:], device=x.device, dtype=torch.float32)
     for s in range(0, len(z), CACHED):
         z[s : s + CACHED] = _unit_integers(x[0, s : s + CACHED])
-    given = _given_first(mask, start, importance)
-    first = cpu.most_isolated(z, UNIT**-2, mask[0]) if given is None else int(given)
+    given = _given_first(job)
+    first = cpu.most_isolated(z, UNIT**-2, job.mask[0]) if given is None else int(given)
     if first is None:
-        return _picks(x, k, mask, start, importance, balance, running_sum=False)
-    base, weight = _terms(mask, importance, balance)
-    return cpu.lazy_picks(z, UNIT**-2, base[0], weight, first, k)[None]
+        return _picks(job)
+    base, weight = _terms(job)
+    return cpu.lazy_picks(z, UNIT**-2, base[0], weight, first, job.k)[None]
 
 
 def _unit_integers(x: Tensor) -> Tensor:
