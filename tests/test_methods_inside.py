@@ -181,7 +181,7 @@ def test_an_image_that_lost_everything_stays_lost():
 
 
 def test_transitions_by_code_and_by_paper():
-    a, b = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0)), torch.randn(2, 9, 8)
+    a, b = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     real = torch.arange(9) < torch.tensor([9, 6])[:, None]
     visual = (torch.arange(9) % 2 == 0) & real
     assert torch.equal(TransPrune().transition(a, b, real, visual), ops.transition_variation(a, b, mask=real))

@@ -106,7 +106,7 @@ def profile(
 NOTES = """\
 TTFT: time to first token of the whole batch = vision (all that comes before the language model is entered) + select \
 (everything that the patch does, in the tower and in the layers too) + prefill (the language model). Medians; in \
-brackets 10th and 90th percentile. Speed-up: unpruned / pruned of the same round. Realised: that, divided by the ratio \
+brackets 10th and 90th percentile. Decode: one step. Speed-up: unpruned / pruned of the same round. Realised: that, divided by the ratio \
 of FLOPs with the vision tower. Memory: what the prefill needs at its peak beyond the weights."""
 MEASURED = "Measured on {device}, {dtype}, {attention}, torch {torch}, transformers {transformers}: {workload}."
 
@@ -208,20 +208,22 @@ def tables_of(measured: list[Measurement]) -> list[Table]:
     tables = []
     for batch, group in groupby(measured, key=lambda each: each.batch):
         rows = list(group)
-        tables += [_times_of(rows, f"Time to first token, ms, batch {batch}"), _gains_of(rows)]
+        tables += [_times_of(rows, f"Milliseconds, batch {batch}"), _gains_of(rows)]
     return tables
 
 
 def _times_of(measured: list[Measurement], title: str) -> Table:
     from vtc.profiling.chart import label_of
 
-    table = _table(title, "", "tokens", "TTFT", "vision", "select", "prefill")
+    decoded = any(each.decode for each in measured)
+    table = _table(title, "", "tokens", "TTFT", "vision", "select", "prefill", *(["decode"] if decoded else []))
     for each in measured:
         table.add_row(
             label_of(each),
             f"{each.kept_tokens:.0f}",
             f"{_ms(each.ttft)} [dim]({_ms(each.ttft, 'low')}-{_ms(each.ttft, 'high')})[/]",
             *(_ms(each.vision), _ms(each.select), _ms(each.prefill)),
+            *([_ms(each.decode)] if decoded else []),
         )
     return table
 
@@ -229,14 +231,12 @@ def _times_of(measured: list[Measurement], title: str) -> Table:
 def _gains_of(measured: list[Measurement]) -> Table:
     from vtc.profiling.chart import label_of
 
-    decoded, peaked = any(each.decode for each in measured), any(each.peak_bytes for each in measured)
-    optional = [*(["decode\nms"] if decoded else []), *(["peak\nMiB"] if peaked else [])]
-    table = _table(None, "", "speed-up", "ideal", "realised", *optional, "cache\nMiB")
+    peaked = any(each.peak_bytes for each in measured)
+    table = _table(None, "", "speed-up", "ideal", "realised", *(["peak MiB"] if peaked else []), "cache MiB")
     for each in measured:
         table.add_row(
             label_of(each),
             *_gain(each),
-            *([_ms(each.decode)] if decoded else []),
             *(["" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:.0f}"] if peaked else []),
             f"{each.cache_bytes / 2**20:.1f}",
         )

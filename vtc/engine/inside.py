@@ -45,6 +45,7 @@ class Inside:
         transition: float [G, N], summed so far.
         rows: attention rows that a stage ahead will ask for, by layer.
         where: LongTensor [G, N], where each token sits in the flattened sequence; renewed when columns leave.
+        visual: bool [B, M], the columns of visual tokens; renewed with it.
         masks: masks made for the present stage, by layer type.
         rotary: rotary embeddings of the present columns, by the identity of the whole ones.
         history: what was left after each stage.
@@ -71,6 +72,7 @@ class Inside:
     masks: dict[str | None, Any] = field(default_factory=dict)
     rotary: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     where: Tensor = field(init=False)
+    visual: Tensor = field(init=False)
     history: list[Passed] = field(default_factory=list)
     lengths: tuple[int, ...] = ()
     entered: int = 0
@@ -97,7 +99,7 @@ class Inside:
             entered=compact.length,
             starts=starts,
         )
-        inside.where = inside._locate()
+        inside._locate()
         return inside
 
     def padding(self, past: int, head: Tensor | None) -> Tensor | None:
@@ -120,8 +122,8 @@ class Inside:
             rows[image.row] += count
         return rows
 
-    def _locate(self) -> Tensor:
-        """LongTensor [G, N]: where each token sits in the flattened sequence [B * M]; anything past it is gone."""
+    def _locate(self) -> None:
+        """Set ``where``: anything past the flattened sequence [B * M] is gone; and ``visual``."""
         batch, length = self.index.shape
         gone = batch * length
         slot = torch.arange(gone, device=self.index.device).view(batch, length)
@@ -130,13 +132,9 @@ class Inside:
         place = torch.full((batch * self.width + 2,), gone, dtype=torch.long, device=slot.device)
         place = place.scatter(0, column.masked_fill(~self.valid, batch * self.width + 1).flatten(), slot.flatten())
         place[-1] = gone
-        return place[self.plan.flat].masked_fill(~self.alive, gone)
-
-    def visual(self) -> Tensor:
-        """Bool [B, M]: the visual tokens."""
-        batch, length = self.index.shape
-        mask = torch.zeros(batch * length + 1, dtype=torch.bool, device=self.index.device)
-        return mask.scatter(0, self.where.flatten(), True)[:-1].view(batch, length)
+        self.where = place[self.plan.flat].masked_fill(~self.alive, gone)
+        visual = torch.zeros(gone + 1, dtype=torch.bool, device=self.index.device)
+        self.visual = visual.scatter(0, self.where.flatten(), True)[:-1].view(batch, length)
 
     def text_behind(self) -> tuple[Tensor, int]:
         """Bool [B, M]: real text after the last visual token of each row that has one; and the longest such run."""
@@ -183,7 +181,7 @@ class Inside:
         hidden, self.index, self.relative = compact.sequences(hidden, self.index, self.relative)
         self.valid, self.counts = compact.valid, counts
         self.alive, self.alive_counts = self.alive & keep, kept
-        self.where = self._locate()
+        self._locate()
         self.masks.clear()
         self.rotary.clear()
         return compact.holes, hidden

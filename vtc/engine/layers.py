@@ -105,7 +105,7 @@ class LayerStages:
         inside = frame.inside
         before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         after = output[0] if isinstance(output, tuple) else output
-        scores = self.method.transition(before.detach(), after.detach(), inside.valid, inside.visual())
+        scores = self.method.transition(before.detach(), after.detach(), inside.valid, inside.visual)
         scores = inside.per_token(scores.float())
         inside.transition = scores if inside.transition is None else inside.transition + scores
 
@@ -231,7 +231,7 @@ class LayerStages:
             prepared=prepared,
             window=window_of(self.parts.decoder.config, index),
         )
-        visual = inside.visual()
+        visual = inside.visual
         text, longest = inside.text_behind()
         signals: dict[str, Tensor] = {}
         if wanted - {"visual_to_text"}:

@@ -49,17 +49,17 @@ def transition_variation(
         return transition.transition_variation(before, after, mask, absolute)
     a, b = before.float(), after.float()
     norm_a, norm_b = torch.linalg.vector_norm(a, dim=-1), torch.linalg.vector_norm(b, dim=-1)
-    sound = torch.isfinite(norm_a) & torch.isfinite(norm_b)
+    sound = torch.isfinite(norm_a + norm_b)
     if mask is not None:
         sound = sound & mask
     tiny = torch.finfo(torch.float32).tiny
     # a.b is at most |a||b|: it is finite where the norms are, and the first division leaves at most |b|
     cosine = (a * b).sum(-1) / norm_a.clamp_min(tiny) / norm_b.clamp_min(tiny)
-    cosine, norm_a, norm_b = (x.masked_fill(~sound, 0.0) for x in (cosine, norm_a, norm_b))
+    cosine = cosine.masked_fill(~sound, 0.0)
     turn = 1.0 - (cosine.abs() if absolute else cosine)
     weight = torch.exp(turn) if mask is None else torch.exp(turn) * mask
     share = weight / weight.sum(-1, keepdim=True).clamp_min(tiny)
-    return torch.where(norm_a > 0, norm_b / norm_a.clamp_min(tiny), 0.0) * share
+    return torch.where(sound & (norm_a > 0), norm_b / norm_a.clamp_min(tiny), 0.0) * share
 
 
 def instruction_attention(
