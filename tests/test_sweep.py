@@ -189,6 +189,18 @@ def test_an_interrupted_sweep_goes_on(exam, swept, tmp_path, monkeypatch):
     assert len(taken) == 1
 
 
+def test_rows_are_those_of_the_same_questions(exam, swept, tmp_path):
+    cells, _, path = swept
+    copy = tmp_path / "sweep.csv"
+    shutil.copy(path, copy)
+    first = exam.asked[0]
+    for changed in ({"prompt": first.prompt + " exactly"}, {"answer": "odd"}, {"type": "count"}):
+        other = dataclasses.replace(exam, asked=[dataclasses.replace(first, **changed), *exam.asked[1:]])
+        assert other.digest != exam.digest
+    work.sweep(other, cells[:1], [1], copy, name="tinyvlm", repeats=1)
+    assert [row["asked"] for row in csv.DictReader(copy.open())][-2:] == [exam.digest, other.digest]
+
+
 def test_what_cannot_be_swept_is_refused_before_anything_runs(exam, monkeypatch):
     monkeypatch.setattr(work.Exam, "take", None)
     for methods, keeps, told in (
@@ -237,6 +249,12 @@ def test_the_command_writes_rows_and_a_page(tmp_path):
     methods = [row["method"] for row in csv.DictReader((tmp_path / "sweep.csv").open())]
     assert methods == ["none", "random", "grid", "downsample", "pool", "todre"]
     assert "<svg" in (tmp_path / "sweep.html").read_text()
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["unpruned", "144", "100.0", "%"] in lines  # beside itself nothing is lost or faster
+    (row,) = [line for line in lines if line[:2] == ["todre", "0.25"]]
+    assert row[2] == "36"
+    assert re.fullmatch(r"\d+\.\d\dx", row[-1])
+    assert "…" not in result.stdout  # 80 columns are enough
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -15,6 +15,7 @@ from vtc.commands.shared import (
     clear_errors,
     listed,
     numbers,
+    numbers_table,
     parse_keep,
     parse_size,
     pick_device,
@@ -105,9 +106,9 @@ def profile(
 
 NOTES = """\
 TTFT: time to first token of the whole batch = vision (all that comes before the language model is entered) + select \
-(everything that the patch does, in the tower and in the layers too) + prefill (the language model). Medians; in \
-brackets 10th and 90th percentile. Decode: one step. Speed-up: unpruned / pruned of the same round. Realised: that, divided by the ratio \
-of FLOPs with the vision tower. Memory: what the prefill needs at its peak beyond the weights."""
+(everything that the patch does, in the tower and in the layers too) + prefill (the language model). Decode: one step. \
+Medians; in brackets 10th and 90th percentile. Speed-up: unpruned / pruned of the same round. Realised: that, divided \
+by the ratio of FLOPs with the vision tower. Memory: what the prefill needs at its peak beyond the weights."""
 MEASURED = "Measured on {device}, {dtype}, {attention}, torch {torch}, transformers {transformers}: {workload}."
 
 
@@ -216,7 +217,7 @@ def _times_of(measured: list[Measurement], title: str) -> Table:
     from vtc.profiling.chart import label_of
 
     decoded = any(each.decode for each in measured)
-    table = _table(title, "", "tokens", "TTFT", "vision", "select", "prefill", *(["decode"] if decoded else []))
+    table = numbers_table(title, "", "tokens", "TTFT", "vision", "select", "prefill", *(["decode"] if decoded else []))
     for each in measured:
         table.add_row(
             label_of(each),
@@ -232,7 +233,7 @@ def _gains_of(measured: list[Measurement]) -> Table:
     from vtc.profiling.chart import label_of
 
     peaked = any(each.peak_bytes for each in measured)
-    table = _table(None, "", "speed-up", "ideal", "realised", *(["peak MiB"] if peaked else []), "cache MiB")
+    table = numbers_table(None, "", "speed-up", "ideal", "realised", *(["peak MiB"] if peaked else []), "cache MiB")
     for each in measured:
         table.add_row(
             label_of(each),
@@ -240,16 +241,6 @@ def _gains_of(measured: list[Measurement]) -> Table:
             *(["" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:.0f}"] if peaked else []),
             f"{each.cache_bytes / 2**20:.1f}",
         )
-    return table
-
-
-def _table(title: str | None, *names: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for at, name in enumerate(names):
-        table.add_column(name, justify="right" if at else "left", no_wrap=True)
     return table
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vtc.config import CompressionConfig
 
 MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `vtc methods`.")]
@@ -132,3 +134,14 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
         raise ValueError(f"--image {text!r} is not of the form WIDTHxHEIGHT, such as 672x336")
     return int(sides[0]), int(sides[1])
+
+
+def numbers_table(title: str | None, *names: str) -> Table:
+    """An empty table: what a row is about at the left, numbers at the right of their columns, little space lost."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for at, name in enumerate(names):
+        table.add_column(name, justify="right" if at else "left", no_wrap=True)
+    return table

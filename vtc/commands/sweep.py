@@ -15,25 +15,34 @@ from vtc.commands.shared import (
     clear_errors,
     listed,
     numbers,
+    numbers_table,
     parse_keep,
     pick_device,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.table import Table
+
     from vtc.profiling.sweep import Exam
+    from vtc.profiling.tasks import Task
 
 ModelName = Annotated[
     str | None,
     typer.Argument(help="tinyvlm, tinyvlm-next, or a checkpoint that can do the task; default: the task's own model."),
 ]
 TaskName = Annotated[
-    str | None, typer.Option(help="Where the questions are from; default: the model's own, or tinyvlm.")
+    str | None,
+    typer.Option(help="tinyvlm, tinyvlm-next, or a task of lmms-eval by its name there; default: the model's own."),
 ]
+IncludePath = Annotated[Path | None, typer.Option(help="A folder with lmms-eval tasks of your own.")]
 
 
 def sweep(
     model: ModelName = None,
     task: TaskName = None,
+    include_path: IncludePath = None,
     methods: Annotated[
         str, typer.Option("--methods", "--method", "-m", help="Some of `vtc methods`, with commas.")
     ] = "divprune,todre",
@@ -66,7 +75,7 @@ def sweep(
         from vtc.profiling.page import write_report
 
         keeps, batches = [parse_keep(each) for each in listed(keep, "keep")], numbers(batch, "batch")
-        exam, name = make_exam(model, task, questions, pick_device(device), threads)
+        exam, name = make_exam(model, task, include_path, questions, pick_device(device), threads)
         wanted = work.fitting_baselines(exam) if baselines else []
         cells = work.plan(exam, [*wanted, *listed(methods, "methods")], keeps, positions)
         with tqdm(total=len(cells), desc="cells") as bar:
@@ -80,6 +89,7 @@ def sweep(
                 tell=tell,
                 tick=lambda cell: bar.update(),
             )
+        Console().print(table_of(rows))
         page = out / "sweep.html"
         write_report(rows, page)
         Console().print(f"{len(rows)} rows: {out / 'sweep.csv'}\nreport:  {page}", markup=False, highlight=False)
@@ -89,21 +99,65 @@ def sweep(
         raise typer.Exit(1)
 
 
-def make_exam(model: str | None, task: str | None, questions: int, device: str, threads: int) -> tuple[Exam, str]:
+def table_of(rows: Sequence[Mapping[str, str]]) -> Table:
+    """One line for each method and keep, with a speed-up for each batch size."""
+    batches = sorted({int(row["batch"]) for row in rows})
+    table = numbers_table(
+        None, "", "tokens", "accuracy", "loss, points (95 %)", *(f"speed-up\nbatch {batch}" for batch in batches)
+    )
+    cells: dict[tuple[str, ...], dict[int, Mapping[str, str]]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[name] for name in ("method", "keep", "options")), {})[int(row["batch"])] = row
+    for (method, keep, _), by_batch in cells.items():
+        row = next(iter(by_batch.values()))
+        whole = method == "none"
+        loss = [f"{100 * float(row[name]):.2f}" for name in ("loss", "loss_low", "loss_high") if row[name]]
+        times = (by_batch.get(batch, {}).get("speedup") for batch in batches)
+        table.add_row(
+            "unpruned" if whole else f"{method} {keep}",
+            f"{float(row['kept_tokens']):.0f}",
+            f"{100 * float(row['accuracy']):.1f} %",
+            f"{loss[0]} [dim]({loss[1]} to {loss[2]})[/]" if len(loss) == 3 and not whole else "",
+            *(f"{float(each):.2f}x" if each else "" for each in times),
+        )
+    return table
+
+
+def find_task(name: str, include: Path | None) -> Task:
+    """One of vtc's own tasks, or else of lmms-eval's.
+
+    Raises:
+        ValueError: there is none of that name, or it has no accuracy.
+    """
+    from vtc.profiling.tasks import get_task, list_tasks
+
+    if name not in (own := list_tasks()):
+        from vtc_lmms_eval.tasks import find
+
+        return find(name, include, also=own)
+    if include is not None:
+        raise ValueError(f"--include-path {include} is for tasks of lmms-eval, and {name!r} is vtc's own")
+    return get_task(name)
+
+
+def make_exam(
+    model: str | None, task: str | None, include: Path | None, questions: int, device: str, threads: int
+) -> tuple[Exam, str]:
     """The model with the questions it is asked, and its name."""
     import torch
     from transformers.utils import logging
 
     from vtc.checkpoint import Checkpoint
     from vtc.profiling.sweep import Exam
-    from vtc.profiling.tasks import get_task, load
+    from vtc.profiling.tasks import load
 
-    chosen = get_task(task or (model if model in SHIPPED else "tinyvlm"))
+    if model is not None and model not in SHIPPED and task is None:
+        raise ValueError(f"--task is needed: which questions can {model!r} answer?")
+    chosen = find_task(task or (model if model in SHIPPED else "tinyvlm"), include)
     name = model or chosen.model
     if name is None:
         raise ValueError(f"task {chosen.name!r} has no model of its own; name a checkpoint")
-    if model is not None and model not in SHIPPED and task is None:
-        raise ValueError(f"--task is needed: which questions can {model!r} answer?")
+    asked = chosen.questions(questions)  # before the weights: what cannot be asked is refused without them
     logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
@@ -113,7 +167,9 @@ def make_exam(model: str | None, task: str | None, questions: int, device: str, 
     else:
         checkpoint = Checkpoint.load(name, device)
         vlm, processor = checkpoint.model, checkpoint.processor
-    asked = chosen.questions(questions)
+        processor.tokenizer.padding_side = "left"  # or a batch would go on after its padding
+    if chosen.wording is not None:
+        asked = chosen.wording(asked, processor)
     exam = Exam(vlm, processor, chosen, asked)
     if not exam.counted:
         raise ValueError(f"--questions {questions}: none of them counts towards the accuracy of {chosen.name!r}")

@@ -17,7 +17,7 @@ from vtc.commands.shared import (
     clear_errors,
     pick_device,
 )
-from vtc.commands.sweep import ModelName, TaskName, make_exam
+from vtc.commands.sweep import IncludePath, ModelName, TaskName, make_exam
 
 
 def tune(
@@ -27,6 +27,7 @@ def tune(
         str, typer.Option("--max-drop", help="Accuracy that may be lost: 1% or 0.01 is one point.")
     ] = "1%",
     task: TaskName = None,
+    include_path: IncludePath = None,
     option: Options = None,
     positions: Positions = "original",
     questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many questions are asked.")] = 1200,
@@ -50,7 +51,7 @@ def tune(
 
         bound = parse_drop(max_drop)
         config = build_config(method, "0.5", option, positions)
-        exam, name = make_exam(model, task, questions, pick_device(device), threads)
+        exam, name = make_exam(model, task, include_path, questions, pick_device(device), threads)
         from vtc.patching import patch
 
         patch(exam.model, config).unpatch()  # refused before the questions are asked

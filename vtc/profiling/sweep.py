@@ -8,6 +8,7 @@ at each batch size, beside the unpruned model's in the same rounds. Beside regis
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,12 +35,12 @@ BASELINES = ("random", "grid", *COARSE)
 
 COLUMNS = (
     *("date", "commit", "device", "driver", "torch", "triton", "transformers", "vtc", "model", "task", "questions"),
-    *("dtype", "method", "keep", "options", "positions", "batch", "visual_tokens", "kept_tokens", "accuracy"),
+    *("asked", "dtype", "method", "keep", "options", "positions", "batch", "visual_tokens", "kept_tokens", "accuracy"),
     *("accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "apart", "repeats", "ttft_ms", "ttft_ms_p10"),
     *("ttft_ms_p90", "speedup", "speedup_p10", "speedup_p90", "ideal", "realised", "realised_p10", "realised_p90"),
     *("correct", "faults", "marks"),
 )
-_KEY = ("device", "model", "task", "questions", "dtype", "method", "keep", "options", "positions", "batch", "repeats")
+_KEY = ("device", "model", "task", "asked", "dtype", "method", "keep", "options", "positions", "batch", "repeats")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Exam:
     def headline(self, scores: Sequence[float]) -> list[float]:
         """The scores that make the accuracy."""
         return [scores[i] for i in self.counted]
+
+    @property
+    def digest(self) -> str:
+        """Of prompts, answers and types: a task's data or words may change, and its name stay."""
+        said = [[question.prompt, str(getattr(question, "answer", "")), question.type] for question in self.asked]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
 
     def take(
         self,
@@ -187,6 +194,7 @@ def sweep(
         "model": name,
         "task": exam.task.name,
         "questions": str(len(exam.asked)),
+        "asked": exam.digest,
         "dtype": str(exam.model.dtype).removeprefix("torch."),
         "repeats": str(repeats),
     }

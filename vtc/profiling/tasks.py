@@ -17,12 +17,15 @@ class Task:
 
     Attributes:
         name: as in ``--task``.
-        questions: from a number to so many questions, always the same ones. A question has ``image`` (a picture),
-            ``prompt`` (text with the image token in it) and ``type``.
+        questions: from a number to so many questions, always the same ones; raises ValueError where it has fewer. A
+            question has ``image`` (a picture), ``prompt`` (text with the image token in it) and ``type``; ``answer``
+            if it is to tell two questions apart.
         score: from the text answered and the question to a score in [0, 1]; ``None``: the task has no accuracy.
         model: what ``vtc sweep`` and ``vtc tune`` run when no model is named: a name that :func:`load` knows.
         apart: types of questions left out of the accuracy and shown beside it.
         max_new_tokens: an answer is cut there.
+        wording: from questions and a model's processor to the same with a ``prompt`` for this model; ``None``: the
+            prompts are for every model.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Task:
     model: str | None = None
     apart: frozenset[str] = frozenset()
     max_new_tokens: int = 3
+    wording: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None
 
     def scores(self, texts: Sequence[str], asked: Sequence[Any]) -> list[float]:
         """Of each answer.
