@@ -1,4 +1,4 @@
-"""What CI runs: `nox` lints, then tests on the newest and the oldest supported transformers, and in lmms-eval."""
+"""What CI runs: `nox` lints, then tests on both ends of the supported transformers, in lmms-eval and in vLLM."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import nox
 
 nox.options.default_venv_backend = "uv|venv"  # with uv, environments are there in seconds
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "tests", "lmms_eval"]
+nox.options.sessions = ["lint", "tests", "lmms_eval", "vllm"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -60,4 +60,6 @@ def lmms_eval(session: nox.Session) -> None:
 def vllm(session: nox.Session) -> None:
     """The same answers from vLLM's CPU build as from transformers, in an environment of its own."""
     session.run("bash", ".ci/vllm/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
-    session.run("python", "-m", "pytest", *(session.posargs or ["-q", "-m", "vllm", "tests/test_vllm.py"]), env=OFFLINE)
+    files = ["tests/test_vllm.py", "tests/test_vllm_processes.py"]
+    arguments = session.posargs or ["-q", "-m", "vllm", "-n", "2", "--dist", "loadfile", *files]
+    session.run("python", "-m", "pytest", *arguments, env=OFFLINE)

@@ -1,23 +1,13 @@
 """vLLM itself with pruned models, against transformers with `vtc.patch`: answers, log-probabilities, keep-sets.
 
-Engines run in this process, on the CPU, one at a time; the tests of one engine stand together. `nox -s vllm` runs them.
+Engines run in this process, on the CPU, one at a time; the tests of one engine stand together. `nox -s vllm` runs them,
+and beside them those of test_vllm_processes.py.
 """
 
-import asyncio
-import base64
 import contextlib
 import gc
 import importlib.util
-import io
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +16,7 @@ import transformers as tf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from vllm_reference import QUESTIONS, SURROUNDINGS, agree, answer, differ, reference, same_sets
 
 import vtc
 import vtc_tinyvlm
@@ -34,19 +25,13 @@ import vtc_tinyvlm_next
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: `nox -s vllm` runs these", allow_module_level=True)
 
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "OMP_NUM_THREADS": "1",
-}
+os.environ |= SURROUNDINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
 
 import vtc_vllm
 from vtc.methods.globalcom2 import GlobalCom2
@@ -55,8 +40,9 @@ from vtc_vllm.globalcom2 import FixedGlobalCom2
 from vtc_vllm.selection import Selector
 
 pytestmark = pytest.mark.vllm
+# vLLM looks at each architecture in a process of its own, for CUDA's sake: seconds each, which a CPU can be spared
+registry._run_in_subprocess = lambda look: look()
 
-QUESTIONS = 204
 GREEDY = SamplingParams(temperature=0, max_tokens=3, logprobs=1)
 
 
@@ -75,14 +61,20 @@ def folder(tmp_path_factory):
 @contextlib.contextmanager
 def engine(path, architecture, entry, **settings):
     vtc_vllm.register()  # as the entry point does, were this an installed wheel
-    settings = {"max_model_len": 512, "max_num_seqs": 16, "limit_mm_per_prompt": {"image": 4}} | settings
+    usual = {
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "limit_mm_per_prompt": {"image": 4},
+        "num_gpu_blocks_override": 256,
+    }
+    gc.freeze()  # vLLM collects garbage again and again as it starts, and would look through all of torch
     llm = LLM(
         str(path),
         dtype="float32",
         enforce_eager=True,
         seed=0,
         hf_overrides={"architectures": [architecture], "vtc": entry},
-        **settings,
+        **usual | settings,
     )
     try:
         yield llm
@@ -90,7 +82,6 @@ def engine(path, architecture, entry, **settings):
         with contextlib.suppress(AttributeError):
             llm.llm_engine.engine_core.shutdown()
         del llm
-        gc.collect()
         cleanup_dist_env_and_memory()
 
 
@@ -120,54 +111,6 @@ def keep_sets():
         yield chosen
     finally:
         Selector.select = select
-
-
-# ------------------------------------------------------------------------------------------------------------ reference
-
-
-def cut(ids, eos):
-    ids = ids.tolist()
-    return ids[: ids.index(eos) + 1] if eos in ids else ids
-
-
-def answer(model, inputs, new=3):
-    """Greedy ids behind the prompt, and the log-probability of the first."""
-    with torch.inference_mode():
-        out = model.generate(
-            **inputs, max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-    eos = model.generation_config.eos_token_id
-    first = out.logits[0].log_softmax(-1)
-    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
-    return [(cut(row, eos), float(first[i, row[0]])) for i, row in enumerate(ids)]
-
-
-def reference(package, questions, method, positions="original", size=34):
-    """The same questions through transformers: answers, and the keep-set of each image."""
-    model, processor = package.load()
-    answers, kept = [], []
-    for at in range(0, len(questions), size):
-        some = questions[at : at + size]
-        texts, images = [q.prompt for q in some], [q.image for q in some]
-        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
-        with vtc.patch(model, method, positions=positions) as handle:
-            answers += answer(model, inputs)
-        kept += [index.tolist() for sample in handle.last_keep for index in sample]
-    return answers, kept
-
-
-def agree(ours, theirs, tolerance=2e-3):
-    assert [ids for ids, _ in ours] == [ids for ids, _ in theirs]
-    assert max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) < tolerance
-
-
-def same_sets(ours, theirs):
-    """vLLM encodes an image once for all prompts, in an order of its own."""
-    return set(map(tuple, ours)) == set(map(tuple, theirs))
-
-
-def differ(ours, theirs):
-    return max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ LLaVA-1.5
@@ -355,19 +298,37 @@ def qwen(family, path):
                   "fullatt_block_indexes": [1], "tokens_per_second": 2}  # fmt: skip
         config = tf.Qwen2_5_VLConfig(vision_config=tower, text_config=common, **ids)
         cls, processor = tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2_5_VLProcessor
-    else:
+    elif family == "qwen2_vl":
         tower |= {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
         config = tf.Qwen2VLConfig(vision_config=tower, text_config=common, **ids)
         cls, processor = tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLProcessor
+    else:
+        tower |= {"depth": 3, "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128,
+                  "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+        rope |= {"mrope_interleaved": True, "mrope_section": [12, 10, 10]}
+        common |= {"head_dim": 64, "num_hidden_layers": 3}
+        processor, videos = tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor(**patches, **limits)
+        if family == "qwen3_vl":
+            config, cls = tf.Qwen3VLConfig, tf.Qwen3VLForConditionalGeneration
+        else:
+            common |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                       "norm_topk_prob": True}  # fmt: skip
+            config, cls = tf.Qwen3VLMoeConfig, tf.Qwen3VLMoeForConditionalGeneration
+        config = config(vision_config=tower, text_config=common, **ids)
     torch.manual_seed(0)
     model = cls(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 gain = 2.0 if "q_proj" in name or "k_proj" in name or "o_proj" in name else 1.0
-                parameter.normal_(0, gain * parameter[0].numel() ** -0.5 if "embed_tokens" not in name else 1.0)
+                inputs = parameter.shape[-1] if "experts" in name else parameter[0].numel()
+                parameter.normal_(0, gain * inputs**-0.5 if "embed_tokens" not in name else 1.0)
     model.generation_config = tf.GenerationConfig(eos_token_id=EOS, pad_token_id=0, do_sample=False)
     model.save_pretrained(path)
+    if family == "qwen3_vl_moe":  # experts as the hub has them, inputs first
+        weights = load_file(path / "model.safetensors")
+        turned = {k: w.mT.contiguous() if ".experts." in k else w for k, w in weights.items()}
+        save_file(turned, path / "model.safetensors", metadata={"format": "pt"})
     built = processor(pictures, tokenizer, videos, chat_template="{{ messages }}")
     built.save_pretrained(path)
     return model, built
@@ -379,12 +340,40 @@ def picture(width, height, seed):
     return Image.fromarray((big.permute(1, 2, 0) * 255).byte().numpy())
 
 
+def architecture(model):
+    return vtc_vllm.pruning_architecture([type(model).__name__])
+
+
+@contextlib.contextmanager
+def without_deepstack(model):
+    """What the tower hands to the language model's first layers set to nothing."""
+    hooks = [m.register_forward_hook(lambda *args: 0 * args[-1]) for m in model.model.visual.deepstack_merger_list]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def film():
+    """Six frames, and what vLLM wants to know about them."""
+    frames = np.stack([np.array(picture(64, 48, seed)) for seed in range(6)])
+    about = {"fps": 4.0, "duration": 1.5, "total_num_frames": 6, "frames_indices": list(range(6)),
+             "video_backend": "opencv", "do_sample_frames": False}  # fmt: skip
+    return frames, about
+
+
 @pytest.mark.parametrize(
-    ("family", "entry"),
-    [("qwen2_5_vl", {"method": "divprune", "keep": 0.5}), ("qwen2_vl", {"method": "idpruner", "keep": 0.5})],
+    ("family", "method", "chunk"),
+    [
+        ("qwen2_5_vl", "divprune", 16),
+        ("qwen2_vl", "idpruner", 16),
+        ("qwen3_vl", "divprune", 16),
+        ("qwen3_vl_moe", "idpruner", 256),
+    ],
 )
-def test_qwen(tmp_path, family, entry):
-    """M-RoPE: wide and tall images, two in a prompt, in chunks of 16 tokens."""
+def test_qwen(tmp_path, family, method, chunk):
+    """M-RoPE: wide and tall images, two in a prompt, in chunks."""
     model, processor = qwen(family, tmp_path)
     wide, tall = picture(96, 48, 0), picture(48, 112, 1)
     asked = [
@@ -392,24 +381,31 @@ def test_qwen(tmp_path, family, entry):
         (f"w1 {ONE} w2 {ONE} w3 w4", [tall, wide]),
         (f"{ONE} w5 w6 w7 w8 w9 w10", [tall]),
     ]
-    name = {"qwen2_5_vl": "VTCQwen2_5_VLForConditionalGeneration", "qwen2_vl": "VTCQwen2VLForConditionalGeneration"}
-    settings = {"max_num_batched_tokens": 16, "max_num_seqs": 2, "max_model_len": 256}
+    given = [processor(images=images, text=text, return_tensors="pt") for text, images in asked]
+    settings = {"max_num_batched_tokens": chunk, "max_num_seqs": 2, "max_model_len": 256}
     limits = {"limit_mm_per_prompt": {"image": 2, "video": 0}}
     sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=1)
-    with engine(tmp_path, name[family], entry, **settings, **limits) as llm:
+    with engine(tmp_path, architecture(model), {"method": method, "keep": 0.5}, **settings, **limits) as llm:
         for keep in (1.0, 0.5, 0.25):
             with keep_sets() as chosen:
                 ours = ask(llm, [prompt(t, images, keep) for t, images in asked], sampling)
-            method, theirs, kept = vtc.methods.make_method(entry["method"], keep=keep), [], []
-            for t, images in asked:
-                inputs = processor(images=images, text=t, return_tensors="pt")
-                with vtc.patch(model, method) as handle:
+            theirs, kept = [], []
+            for inputs in given:
+                with vtc.patch(model, vtc.methods.make_method(method, keep=keep)) as handle:
                     theirs += answer(model, inputs, 6)
                 kept += [index.tolist() for sample in handle.last_keep for index in sample]
             agree(ours, theirs)
             assert same_sets(chosen, kept)
         with pytest.raises(ValueError, match="ends inside an image"):
             llm.generate([prompt("w1 <|vision_start|> <|image_pad|>", [wide])], sampling, use_tqdm=False)
+        if family.startswith("qwen3"):
+            with without_deepstack(model), vtc.patch(model, vtc.methods.make_method(method, keep=0.25)):
+                assert differ(ours, [answer(model, inputs, 6)[0] for inputs in given]) > 0.02
+            with pytest.raises(ValueError, match="1 video placeholders for 0 videos"):
+                llm.generate([prompt(f"w1 {ONE} {CLIP} w2", [wide])], sampling, use_tqdm=False)
+            clip = {"prompt": f"w1 {CLIP} w2", "multi_modal_data": {"video": [film()]}}
+            with pytest.raises(ValueError, match="a time stands before each frame"):
+                llm.generate([clip], sampling, use_tqdm=False)
 
 
 def test_qwen_video(tmp_path):
@@ -419,9 +415,7 @@ def test_qwen_video(tmp_path):
     behind it begin within it, and vLLM behind it.
     """
     model, processor = qwen("qwen2_5_vl", tmp_path)
-    frames = np.stack([np.array(picture(64, 48, seed)) for seed in range(6)])
-    about = {"fps": 4.0, "duration": 1.5, "total_num_frames": 6, "frames_indices": list(range(6)),
-             "video_backend": "opencv", "do_sample_frames": False}  # fmt: skip
+    frames, about = film()
     asked = f"w1 {CLIP} w2 w3 w4"
     settings = {"max_num_batched_tokens": 24, "max_num_seqs": 2, "max_model_len": 256}
     limits = {"limit_mm_per_prompt": {"image": 1, "video": 1}}
@@ -439,138 +433,6 @@ def test_qwen_video(tmp_path):
         theirs = answer(model, inputs, 6)
     agree(ours, theirs)
     assert chosen == [handle.last_keep[0][0].tolist()]
-
-
-# -------------------------------------------------------------------------------------------------------- two processes
-
-
-def even_llava(path):
-    """tinyvlm has three heads, which two processes cannot share: random weights with four, and its processor."""
-    config = vtc_tinyvlm.model.build_config()
-    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 4, 2
-    torch.manual_seed(1)
-    model = tf.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-    _, processor = vtc_tinyvlm.load()
-    model.generation_config = tf.GenerationConfig(eos_token_id=2, pad_token_id=0, do_sample=False)
-    model.save_pretrained(path / "written")
-    processor.save_pretrained(path / "written")
-    checkpoints.to_hub_layout(path / "written", path / "even")
-    return model, processor
-
-
-def test_tensor_parallel(tmp_path, scenes):
-    """Two processes, each with half of the heads; the pivot needs the CLS row, which is not among either's."""
-    model, processor = even_llava(tmp_path)
-    script = Path(__file__).parents[1] / ".ci" / "vllm" / "two_processes.py"
-    run = [sys.executable, str(script), str(tmp_path / "even"), "24"]
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("VLLM")}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=600, env=alone)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ours = [(ids, first) for ids, first in json.loads(done.stdout.splitlines()[-1])]
-    theirs = []
-    with vtc.patch(model, vtc.ToDRE(keep=0.25)):
-        for q in scenes[:24]:
-            theirs += answer(model, processor(images=q.image, text=q.prompt, return_tensors="pt"))
-    agree(ours, theirs)
-
-
-# --------------------------------------------------------------------------------------------------------------- server
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """`vtc serve tinyvlm`, as a user starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    vllms = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
-    vllms += ["--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 4}']
-    run = [sys.executable, "-c", "from vtc.cli import main; main()", "serve", "tinyvlm", "--port", str(port), *vllms]
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w+")
-    process = subprocess.Popen(run, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            assert process.poll() is None, log.seek(0) or log.read()[-3000:]
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
-        log.close()
-
-
-def message(text, *images):
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def data_url(image):
-    if isinstance(image, bytes):
-        return "data:image/png;base64," + base64.b64encode(image).decode()
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return data_url(buffer.getvalue())
-
-
-def test_a_server_with_good_and_bad_requests(url, scenes):
-    """200 at a time, every other one bad: a bad keep, a broken picture, a placeholder too many, too long."""
-    import openai
-
-    client = openai.AsyncOpenAI(base_url=url, api_key="EMPTY", max_retries=0, timeout=300)
-
-    def kwargs(**values):
-        return {"extra_body": {"mm_processor_kwargs": values}}
-
-    def bad(q, which):
-        plain = {"messages": message(q.prompt[8:], q.image)}
-        return [
-            plain | kwargs(vtc_keep=1.5),
-            plain | kwargs(vtc_keep="half"),
-            {"messages": message(q.prompt[8:], b"no picture")},
-            {"messages": message("<image> " + q.prompt[8:], q.image)},
-            {"messages": message("what " * 600, q.image)},
-        ][which % 5]
-
-    async def one(i, q):
-        asked = bad(q, i // 2) if i % 2 else {"messages": message(q.prompt[8:], q.image)} | kwargs(vtc_keep=0.5)
-        try:
-            done = await client.chat.completions.create(model="tinyvlm", max_tokens=3, temperature=0, **asked)
-        except openai.APIStatusError as error:
-            return error.status_code
-        return done.choices[0].message.content.strip(), done.usage.prompt_tokens
-
-    async def every():
-        return await asyncio.gather(*(one(i, q) for i, q in enumerate(scenes[:200])))
-
-    found = asyncio.run(every())
-    assert found[1::2] == [400] * 100
-    theirs, _ = reference(vtc_tinyvlm, scenes[0:200:2], vtc.DivPrune(keep=0.5))
-    processor = vtc_tinyvlm.load()[1]
-    answers = [processor.decode(ids, skip_special_tokens=True).strip() for ids, _ in theirs]
-    assert [text for text, _ in found[0::2]] == answers
-    assert max(tokens for _, tokens in found[0::2]) < 90  # of 144 visual tokens, 72
-
-
-def test_the_example_client(url, scenes, tmp_path):
-    """Streams; two images in one question."""
-    script = Path(__file__).parents[1] / "integrations" / "vllm" / "examples" / "openai_client.py"
-    files = []
-    for i in range(2):
-        files += ["--image", str(tmp_path / f"{i}.png")]
-        scenes[i].image.save(files[-1])
-    run = [sys.executable, str(script), "--url", url]
-    done = subprocess.run([*run, *files, "what color is the circle ?"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "[2 images, " in done.stderr
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
-    assert vtc_tinyvlm.is_correct(done.stdout, scenes[0].answer)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -10,8 +10,8 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine here, its two workers in processes of their own
 }
-os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
 
 
 def main(checkpoint: str, count: int) -> None:
@@ -28,6 +28,7 @@ def main(checkpoint: str, count: int) -> None:
         max_model_len=512,
         max_num_seqs=16,
         tensor_parallel_size=2,
+        num_gpu_blocks_override=128,
         hf_overrides={
             "architectures": ["VTCLlavaForConditionalGeneration"],
             "vtc": {"method": "todre", "keep": 0.25},

@@ -20,15 +20,10 @@ ARCHITECTURES = {
     "VTCLlavaNextForConditionalGeneration": "LlavaNextForConditionalGeneration",
     "VTCQwen2VLForConditionalGeneration": "Qwen2VLForConditionalGeneration",
     "VTCQwen2_5_VLForConditionalGeneration": "Qwen2_5_VLForConditionalGeneration",
+    "VTCQwen3VLForConditionalGeneration": "Qwen3VLForConditionalGeneration",
+    "VTCQwen3VLMoeForConditionalGeneration": "Qwen3VLMoeForConditionalGeneration",
 }
 """Architectures that prune, and the one of vLLM that each builds on."""
-
-REFUSED = {
-    "Qwen3VLForConditionalGeneration": "its DeepStack features enter several layers, which this plugin does not thin",
-    "Qwen3VLMoeForConditionalGeneration": "its DeepStack features enter several layers, which this plugin does not "
-    "thin",
-}
-"""Architectures that people will ask for, and why not."""
 
 OLDEST, NEWEST = (0, 32), (0, 32)
 """Versions of vLLM (major, minor) that the tests were run with."""
@@ -65,7 +60,7 @@ def pruning_architecture(architectures: list[str]) -> str:
     """The architecture that prunes a checkpoint of these ``architectures``.
 
     Raises:
-        ValueError: there is none; the message says why and what would work.
+        ValueError: there is none; the message says what would work.
     """
     ours = {stock: name for name, stock in ARCHITECTURES.items()}
     for name in architectures:
@@ -73,9 +68,8 @@ def pruning_architecture(architectures: list[str]) -> str:
             return name
         if name in ours:
             return ours[name]
-    reason = next((f": {REFUSED[name]}" for name in architectures if name in REFUSED), "")
     raise ValueError(
-        f"architectures {architectures} cannot be pruned in vLLM{reason}. Supported: {', '.join(sorted(ours))}; with "
+        f"architectures {architectures} cannot be pruned in vLLM. Supported: {', '.join(sorted(ours))}; with "
         "transformers, vtc.patch takes more"
     )
 

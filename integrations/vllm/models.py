@@ -24,6 +24,8 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder, Qwen3VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtc_vllm import positions
@@ -32,6 +34,9 @@ from vtc_vllm.processing import (
     LlavaNextProcessor,
     LlavaProcessor,
     Qwen2VLProcessor,
+    Qwen3VLInfo,
+    Qwen3VLMoeInfo,
+    Qwen3VLProcessor,
     Qwen25VLProcessor,
     keeps_of,
     media_ids,
@@ -67,7 +72,8 @@ class Pruned:
         sizes = {name: kwargs[name] for name in SIZES if kwargs.get(name) is not None}
         embeddings = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         modality = next(m for m, field in asked.items() if field is not None)  # a call has items of one modality
-        index = self.vtc.select(modality, list(embeddings), keeps_of(asked[modality]), sizes, self.heard())
+        seen = [e[:, : self.width(e)] for e in embeddings]
+        index = self.vtc.select(modality, seen, keeps_of(asked[modality]), sizes, self.heard())
         if (group := get_tp_group()).world_size > 1:  # every rank has computed it; that they agree is not left to luck
             index = [group.broadcast(own.contiguous(), 0) for own in index]
         short = [e[own] for e, own in zip(embeddings, index, strict=True)]
@@ -76,6 +82,10 @@ class Pruned:
         offsets = self.offsets(modality, [len(e) for e in embeddings], kwargs)
         digits = [positions.digits(own).to(short[0]) for own in offsets]
         return [torch.cat([e, d[own]], dim=1) for e, d, own in zip(short, digits, index, strict=True)]
+
+    def width(self, embeddings: Tensor) -> int:
+        """Columns of an image's embeddings [n, columns] that the method sees."""
+        return embeddings.shape[1]
 
     def heard(self) -> Mapping[str, Tensor]:
         """Rows of the tower that the method listens to, since the last call."""
@@ -87,10 +97,15 @@ class Pruned:
 
     def spans(self, features: Sequence[Any]) -> list[positions.Span]:
         """The images of a prompt, in order."""
+        ordered = sorted(features, key=lambda f: f.mm_position.offset)
         return [
-            positions.Span(f.mm_position.offset, f.mm_position.length, int(f.data[FIELD.format(f.modality)].data[2]))
-            for f in sorted(features, key=lambda f: f.mm_position.offset)
+            positions.Span(f.mm_position.offset, f.mm_position.length, extent)
+            for f, extent in zip(ordered, self.extents(ordered), strict=True)
         ]
+
+    def extents(self, features: Sequence[Any]) -> list[int]:
+        """How many positions each image takes; here its length before pruning."""
+        return [int(f.data[FIELD.format(f.modality)].data[2]) for f in features]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Text where it stood in the whole prompt; image tokens are marked, until their offsets are known."""
@@ -177,12 +192,19 @@ class _Grids(Pruned):
             found.append(torch.stack(sides, dim=-1).reshape(-1, 3))
         return found
 
-    def spans(self, features: Sequence[Any]) -> list[positions.Span]:
-        ordered = sorted(features, key=lambda f: f.mm_position.offset)
-        return [
-            positions.Span(f.mm_position.offset, f.mm_position.length, max(int((t - 1) * step) + 1, h, w))
-            for f, (_, t, h, w, step) in zip(ordered, self.iter_mm_grid_thw(ordered), strict=True)
-        ]
+    def extents(self, features: Sequence[Any]) -> list[int]:
+        return [max(int((t - 1) * step) + 1, h, w) for _, t, h, w, step in self.iter_mm_grid_thw(features)]
+
+
+class _DeepStack(_Grids):
+    """Qwen3-VL: what DeepStack adds in the first layers stands behind the embeddings, and stays or goes with them."""
+
+    def width(self, embeddings: Tensor) -> int:
+        return self.visual_dim
+
+    def extents(self, features: Sequence[Any]) -> list[int]:
+        merge = self.config.vision_config.spatial_merge_size
+        return [int(f.data["image_grid_thw"].data[1:].max()) // merge for f in features]
 
 
 @MULTIMODAL_REGISTRY.register_processor(LlavaProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
@@ -209,3 +231,13 @@ class VTCQwen2VLForConditionalGeneration(_Grids, Qwen2VLForConditionalGeneration
 )
 class VTCQwen2_5_VLForConditionalGeneration(_Grids, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL, pruned."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen3VLProcessor, info=Qwen3VLInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
+class VTCQwen3VLForConditionalGeneration(_DeepStack, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL, pruned."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen3VLProcessor, info=Qwen3VLMoeInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
+class VTCQwen3VLMoeForConditionalGeneration(_DeepStack, Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL with experts, pruned."""

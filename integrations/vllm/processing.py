@@ -12,6 +12,8 @@ from vllm.model_executor.models.llava import LlavaMultiModalProcessor
 from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor
 from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalProcessor
+from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor, Qwen3VLProcessingInfo
+from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 
@@ -105,8 +107,8 @@ class Pruned:
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         ids = media_ids(self.info.get_hf_config())  # type: ignore[attr-defined]
         counts = mm_items.get_all_counts()
-        for modality in self.families:
-            here, given = mm_res.prompt_ids.count(ids[modality]), counts.get(modality, 0)
+        for modality, token in ids.items():
+            here, given = mm_res.prompt_ids.count(token), counts.get(modality, 0)
             if here != given:
                 raise ValueError(
                     f"the prompt has {here} {modality} placeholders for {given} {modality}s; write one for each, and "
@@ -173,3 +175,42 @@ class Qwen2VLProcessor(_Grids, Qwen2VLMultiModalProcessor):
 
 class Qwen25VLProcessor(_Grids, Qwen2_5_VLMultiModalProcessor):
     """Qwen2.5-VL."""
+
+
+class _ImagesOnly:
+    """Qwen3-VL without video, in which text stands between the frames: the time of each.
+
+    A video has one budget, so what is in it decides how many placeholders go where; vLLM has to know before. Its own
+    pruning therefore hides that text in the encoder's output.
+    """
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None, "video": 0}
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        """Say why.
+
+        Raises:
+            ValueError: a video.
+        """
+        if modality == "video" and num_items:
+            raise ValueError(
+                "a video cannot be pruned with Qwen3-VL in vLLM: a time stands before each frame, and how many tokens "
+                "of a frame stay is not known before the video is encoded. What would work: images; Qwen2.5-VL; or "
+                "transformers with vtc.patch"
+            )
+        super().validate_num_items(modality, num_items)  # type: ignore[misc]
+
+
+class Qwen3VLInfo(_ImagesOnly, Qwen3VLProcessingInfo):
+    """Qwen3-VL."""
+
+
+class Qwen3VLMoeInfo(_ImagesOnly, Qwen3VLMoeProcessingInfo):
+    """Qwen3-VL with experts."""
+
+
+class Qwen3VLProcessor(_Grids, Qwen3VLMultiModalProcessor):
+    """Both of them."""
+
+    families = ("image",)

@@ -1,0 +1,169 @@
+"""vLLM in processes of its own: two that share a model, and the OpenAI server that `vtc serve` starts.
+
+Beside test_vllm.py, so that pytest-xdist can run both at a time (`-n 2 --dist loadfile`).
+"""
+
+import asyncio
+import base64
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from vllm_reference import QUESTIONS, SURROUNDINGS, agree, answer, reference
+
+import vtc
+import vtc_tinyvlm
+from vtc_vllm import checkpoints
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: `nox -s vllm` runs these", allow_module_level=True)
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return vtc_tinyvlm.evaluation_questions(QUESTIONS)
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+def even_llava(path):
+    """tinyvlm has three heads, which two processes cannot share: random weights with four, and its processor."""
+    config = vtc_tinyvlm.model.build_config()
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 4, 2
+    torch.manual_seed(1)
+    model = tf.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    _, processor = vtc_tinyvlm.load()
+    model.generation_config = tf.GenerationConfig(eos_token_id=2, pad_token_id=0, do_sample=False)
+    model.save_pretrained(path / "written")
+    processor.save_pretrained(path / "written")
+    checkpoints.to_hub_layout(path / "written", path / "even")
+    return model, processor
+
+
+def test_tensor_parallel(tmp_path, scenes):
+    """Two processes, each with half of the heads; the pivot needs the CLS row, which is not among either's."""
+    model, processor = even_llava(tmp_path)
+    script = Path(__file__).parents[1] / ".ci" / "vllm" / "two_processes.py"
+    run = [sys.executable, str(script), str(tmp_path / "even"), "24"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600, env=os.environ | SURROUNDINGS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = [(ids, first) for ids, first in json.loads(done.stdout.splitlines()[-1])]
+    theirs = []
+    with vtc.patch(model, vtc.ToDRE(keep=0.25)):
+        for q in scenes[:24]:
+            theirs += answer(model, processor(images=q.image, text=q.prompt, return_tensors="pt"))
+    agree(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------------------------------- server
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """`vtc serve tinyvlm`, as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    vllms = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
+    vllms += ["--num-gpu-blocks-override", "256", "--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 4}']
+    run = [sys.executable, "-c", "from vtc.cli import main; main()", "serve", "tinyvlm", "--port", str(port), *vllms]
+    environment = os.environ | SURROUNDINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w+")
+    process = subprocess.Popen(run, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert process.poll() is None, log.seek(0) or log.read()[-3000:]
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+        log.close()
+
+
+def message(text, *images):
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def data_url(image):
+    if isinstance(image, bytes):
+        return "data:image/png;base64," + base64.b64encode(image).decode()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return data_url(buffer.getvalue())
+
+
+def test_a_server_with_good_and_bad_requests(url, scenes):
+    """200 at a time, every other one bad: a bad keep, a broken picture, a placeholder too many, too long."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=url, api_key="EMPTY", max_retries=0, timeout=300)
+
+    def kwargs(**values):
+        return {"extra_body": {"mm_processor_kwargs": values}}
+
+    def bad(q, which):
+        plain = {"messages": message(q.prompt[8:], q.image)}
+        return [
+            plain | kwargs(vtc_keep=1.5),
+            plain | kwargs(vtc_keep="half"),
+            {"messages": message(q.prompt[8:], b"no picture")},
+            {"messages": message("<image> " + q.prompt[8:], q.image)},
+            {"messages": message("what " * 600, q.image)},
+        ][which % 5]
+
+    async def one(i, q):
+        asked = bad(q, i // 2) if i % 2 else {"messages": message(q.prompt[8:], q.image)} | kwargs(vtc_keep=0.5)
+        try:
+            done = await client.chat.completions.create(model="tinyvlm", max_tokens=3, temperature=0, **asked)
+        except openai.APIStatusError as error:
+            return error.status_code
+        return done.choices[0].message.content.strip(), done.usage.prompt_tokens
+
+    async def every():
+        return await asyncio.gather(*(one(i, q) for i, q in enumerate(scenes[:200])))
+
+    found = asyncio.run(every())
+    assert found[1::2] == [400] * 100
+    theirs, _ = reference(vtc_tinyvlm, scenes[0:200:2], vtc.DivPrune(keep=0.5))
+    processor = vtc_tinyvlm.load()[1]
+    answers = [processor.decode(ids, skip_special_tokens=True).strip() for ids, _ in theirs]
+    assert [text for text, _ in found[0::2]] == answers
+    assert max(tokens for _, tokens in found[0::2]) < 90  # of 144 visual tokens, 72
+
+
+def test_the_example_client(url, scenes, tmp_path):
+    """Streams; two images in one question."""
+    script = Path(__file__).parents[1] / "integrations" / "vllm" / "examples" / "openai_client.py"
+    files = []
+    for i in range(2):
+        files += ["--image", str(tmp_path / f"{i}.png")]
+        scenes[i].image.save(files[-1])
+    run = [sys.executable, str(script), "--url", url]
+    done = subprocess.run([*run, *files, "what color is the circle ?"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "[2 images, " in done.stderr
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert vtc_tinyvlm.is_correct(done.stdout, scenes[0].answer)
