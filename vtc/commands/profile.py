@@ -233,7 +233,7 @@ def _gains_of(measured: list[Measurement]) -> Table:
     from vtc.profiling.chart import label_of
 
     peaked = any(each.peak_bytes for each in measured)
-    table = numbers_table(None, "", "speed-up", "ideal", "realised", *(["peak MiB"] if peaked else []), "cache MiB")
+    table = numbers_table(None, "", "speed-up", "ideal", "realised", *(["peak\nMiB"] if peaked else []), "cache\nMiB")
     for each in measured:
         table.add_row(
             label_of(each),
