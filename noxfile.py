@@ -17,6 +17,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALL
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 """With the uv beside nox, for scripts."""
 
+# uv leaves compiling to the first import, and there are many processes: it should happen once
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # uv reads none of pip's settings, and a CPU build of torch may lie in a folder that they name
 _links = subprocess.run(
     [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
@@ -52,7 +54,8 @@ def tests(session: nox.Session, transformers: str) -> None:
 def lmms_eval(session: nox.Session) -> None:
     """The shipped model on the shipped scenes, run by lmms-eval itself in an environment of its own."""
     session.run("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
-    arguments = session.posargs or ["-q", "-m", "lmms_eval", "tests/test_lmms_eval_runs.py"]
+    files = ["tests/test_lmms_eval_runs.py", "tests/test_lmms_eval_sweep.py"]
+    arguments = session.posargs or ["-q", "-m", "lmms_eval", "-n", "2", "--dist", "loadfile", *files]
     session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +70,7 @@ def profile(
     with clear_errors():
         import torch
 
+        from vtc.profiling.configs import settings_beside
         from vtc.profiling.measure import profile as measure
         from vtc.profiling.workload import Workload
 
@@ -77,6 +79,8 @@ def profile(
         if threads:
             torch.set_num_threads(threads)
         vlm, processor, name = _load(model, random_weights, pick_device(device), dtype, attention)
+        if random_weights is not None:
+            workload = replace(workload, settings=settings_beside(random_weights))
         methods = _fitting(vlm, console) if method == "all" else listed(method, "method")
         measured = measure(
             vlm,

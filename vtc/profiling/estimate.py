@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,12 +24,13 @@ from vtc.methods import Method
 from vtc.methods.allocate import Allocator
 from vtc.methods.chain import Chain
 from vtc.methods.grid import Grid
-from vtc.models import Adapter, Parts, UnsupportedModelError, list_models, resolve
-from vtc.models.base import REFUSED, square
+from vtc.models import Adapter, Parts, resolve
+from vtc.models.base import square
 from vtc.patching import fitted, requested
+from vtc.profiling.configs import config_of, settings_beside
 from vtc.profiling.costs import Cost, Decoder, Encoder
 from vtc.profiling.devices import Device, device_of
-from vtc.profiling.images import Feed, Picture, feed_of, settings_beside, tower_of
+from vtc.profiling.images import Feed, Picture, feed_of, tower_of
 from vtc.tokens import InsideTokens, Layout, VisualTokens
 
 
@@ -353,39 +353,10 @@ def _skeleton(model: Any) -> nn.Module:
         resolve(model)
         build, config = type(model), model.config
     else:
-        config = _config(model)
-        _check_config(config)
+        config = config_of(model)
         build = tf.AutoModelForImageTextToText.from_config
     with torch.device("meta"):
         return build(copy.deepcopy(config))  # type: ignore[operator]
-
-
-def _config(model: Any) -> Any:
-    import transformers as tf
-
-    if isinstance(model, tf.PreTrainedConfig):
-        return model
-    if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"{type(model).__name__} is neither a config, a model, a folder nor a name on the hub")
-    path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"the folder {str(path)!r} has no config.json")
-    if not path.exists() and (path.suffix == ".json" or len(path.parts) > 2 or str(model).startswith((".", "/", "~"))):
-        raise ValueError(f"there is no {str(path)!r}; a model is a folder, a config.json, or OWNER/NAME on the hub")
-    return tf.AutoConfig.from_pretrained(str(model))
-
-
-def _check_config(config: Any) -> None:
-    import transformers as tf
-
-    name = config.model_type
-    if name in REFUSED and name not in list_models():
-        raise UnsupportedModelError(f"a {name!r} model cannot be pruned: {REFUSED[name]}")
-    if type(config) in tf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return
-    tower = any(getattr(config, n, None) is not None for n in ("vision_config", "vision_tower", "visual"))
-    reason = "is of no image-text-to-text model that transformers knows" if tower else "has no vision tower"
-    raise ValueError(f"this config, of model_type {name!r}, {reason}: there are no visual tokens to prune")
 
 
 def _layouts(adapter: Adapter, parts: Parts, picture: Picture, feed: Feed) -> list[Layout]:

@@ -1,18 +1,15 @@
 """From the size of a picture to counts: pictures, patches and visual tokens, by the rules of each family.
 
 The rules are transformers' own functions wherever it has them without needing pixels. What a processor may decide is
-read from the files beside a checkpoint; without them, the values that the family was published with are taken.
+given as settings (:func:`vtc.profiling.configs.settings_beside`); without, it is what the family was published with.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,40 +126,6 @@ def tower_of(parts: Parts, modality: str = "image") -> nn.Module:
     if tower is None:
         raise ValueError(f"this {parts.config.model_type!r} config has no vision tower, so there is nothing to prune")
     return tower
-
-
-def settings_beside(name: str | Path, modality: str = "image") -> dict[str, Any]:
-    """What the processor files of a checkpoint say, a local folder or a name on the hub; empty without any.
-
-    Raises:
-        ValueError: a file is no JSON object.
-    """
-    from transformers.utils.hub import cached_file
-
-    if os.path.isfile(name):  # a config.json
-        name = Path(name).resolve().parent
-    image = ("preprocessor_config.json", None)
-    nested = ("processor_config.json", f"{modality}_processor")
-    # checkpoints older than video processors have one file for both
-    files = (image, nested) if modality == "image" else (("video_preprocessor_config.json", None), nested, image)
-    for file, key in files:
-        path = cached_file(
-            str(name),
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        if path is None:
-            continue
-        try:
-            said = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        said = said.get(key) if key and isinstance(said, dict) else said
-        if isinstance(said, dict):
-            return said
-    return {}
 
 
 def _rule(*families: str) -> Callable[[Rule], Rule]:

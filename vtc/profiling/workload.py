@@ -8,14 +8,15 @@ rules of :mod:`vtc.profiling.images`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtc.models import Parts, resolve
+from vtc.profiling.configs import config_of
 from vtc.profiling.images import Feed, Picture, feed_of
 
 TILED = {"llava", "vipllava", "gemma3", "paligemma", "internvl", "llava_next", "llava_next_video", "llava_onevision"}
@@ -33,6 +34,8 @@ class Workload:
             672x672 where the size decides about the number of tokens.
         text: text tokens, the processor's own (begin of sequence, wrappers) counted.
         seed: of pixels and words.
+        settings: where there is no processor, entries of its ``preprocessor_config.json``; ``None``: as published with
+            the family's checkpoints.
 
     Raises:
         ValueError: a size or count below 1.
@@ -41,6 +44,7 @@ class Workload:
     image: tuple[int, int] | None = None
     text: int = 64
     seed: int = 0
+    settings: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.image is not None and min(self.image) < 1:
@@ -74,7 +78,7 @@ class Workload:
 
     def _sample(self, parts: Parts, rng: torch.Generator, processor: Any) -> dict[str, Tensor]:
         if processor is None:
-            feed = feed_of(parts, Picture(*(self.image or _native(parts))))
+            feed = feed_of(parts, Picture(*(self.image or _native(parts))), self.settings)
             visual = _pixels(parts, feed, rng)
             ids = [*_words(parts, 1, rng), *[parts.placeholders["image"]] * sum(feed.lengths)]
         else:
@@ -162,17 +166,12 @@ def random_model(config: Any, device: str | torch.device = "cpu", dtype: torch.d
         dtype: of its weights.
 
     Raises:
-        ValueError: the config has no vision tower, or is none that transformers builds such a model from.
-        OSError: there is no such config.
+        ValueError: what :func:`vtc.profiling.configs.config_of` refuses.
+        OSError: there is no such config on the hub.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    if isinstance(config, (str, Path)):
-        config = AutoConfig.from_pretrained(config)
-    if getattr(config, "vision_config", None) is None:
-        raise ValueError(
-            f"the config of model_type {config.model_type!r} has no vision tower; a vision-language model is needed"
-        )
+    config = config_of(config)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
