@@ -53,7 +53,7 @@ def tests(session: nox.Session, transformers: str) -> None:
 @nox.session
 def lmms_eval(session: nox.Session) -> None:
     """The shipped model on the shipped scenes, run by lmms-eval itself in an environment of its own."""
-    session.run("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
+    session.run_install("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
     files = ["tests/test_lmms_eval_runs.py", "tests/test_lmms_eval_sweep.py"]
     arguments = session.posargs or ["-q", "-m", "lmms_eval", "-n", "2", "--dist", "loadfile", *files]
     session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
@@ -62,7 +62,7 @@ def lmms_eval(session: nox.Session) -> None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """The same answers from vLLM's CPU build as from transformers, in an environment of its own."""
-    session.run("bash", ".ci/vllm/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
+    session.run_install("bash", ".ci/vllm/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
     files = ["tests/test_vllm.py", "tests/test_vllm_processes.py"]
     arguments = session.posargs or ["-q", "-m", "vllm", "-n", "2", "--dist", "loadfile", *files]
     session.run("python", "-m", "pytest", *arguments, env=OFFLINE)
