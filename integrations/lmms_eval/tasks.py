@@ -177,10 +177,8 @@ class Benchmark:
         task = self._task
         if n > (total := len(task.eval_docs)):
             raise ValueError(f"--questions {n}: task {self.name!r} has {total} documents; ask for {total} at most")
-        docs, shots = (
-            task.eval_docs_no_media,
-            task.config.num_fewshot or 0,
-        )  # scored without pictures, as lmms-eval does
+        docs = task.eval_docs_no_media  # scored without pictures, as lmms-eval does
+        shots = task.config.num_fewshot or 0
         with _quiet(), _loading(self.name):
             for index in range(n):
                 self._check_picture(index)
