@@ -19,12 +19,11 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # uv leaves compiling to the first import, and there are many processes: it should happen once
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# uv reads none of pip's settings, and a CPU build of torch may lie in a folder that they name
-_links = subprocess.run(
-    [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
-)
-if _links.returncode == 0:
-    os.environ.setdefault("UV_FIND_LINKS", _links.stdout.strip())
+# uv reads none of pip's settings, and a CPU build of torch may lie in folders that they name
+_command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+_links = os.environ.get("PIP_FIND_LINKS") or subprocess.run(_command, capture_output=True, text=True, check=False).stdout
+if _links.strip():
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(_links.split()))
 
 ANY_TRANSFORMERS = ("budget", "gpu_suite", "kernels_*", "ops*", "packaging", "tokens")
 """Tests that no release of transformers can change: once is enough."""
