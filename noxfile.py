@@ -20,8 +20,10 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # uv leaves compiling to the first import, and there are many processes: it should happen once
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # uv reads none of pip's settings, and a CPU build of torch may lie in folders that they name
-_command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
-_links = os.environ.get("PIP_FIND_LINKS") or subprocess.run(_command, capture_output=True, text=True, check=False).stdout
+_setting = subprocess.run(
+    [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
+)
+_links = os.environ.get("PIP_FIND_LINKS") or _setting.stdout
 if _links.strip():
     os.environ.setdefault("UV_FIND_LINKS", ",".join(_links.split()))
 
