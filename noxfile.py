@@ -54,16 +54,17 @@ def tests(session: nox.Session, transformers: str) -> None:
 @nox.session
 def lmms_eval(session: nox.Session) -> None:
     """The shipped model on the shipped scenes, run by lmms-eval itself in an environment of its own."""
-    session.run_install("bash", ".ci/lmms_eval/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
-    files = ["tests/test_lmms_eval_runs.py", "tests/test_lmms_eval_sweep.py"]
-    arguments = session.posargs or ["-q", "-m", "lmms_eval", "-n", "2", "--dist", "loadfile", *files]
-    session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
+    _apart(session, "lmms_eval", "tests/test_lmms_eval_runs.py", "tests/test_lmms_eval_sweep.py", **ONE_THREAD)
 
 
 @nox.session
 def vllm(session: nox.Session) -> None:
     """The same answers from vLLM's CPU build as from transformers, in an environment of its own."""
-    session.run_install("bash", ".ci/vllm/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
-    files = ["tests/test_vllm.py", "tests/test_vllm_processes.py"]
-    arguments = session.posargs or ["-q", "-m", "vllm", "-n", "2", "--dist", "loadfile", *files]
-    session.run("python", "-m", "pytest", *arguments, env=OFFLINE)
+    _apart(session, "vllm", "tests/test_vllm.py", "tests/test_vllm_processes.py")
+
+
+def _apart(session: nox.Session, name: str, *files: str, **env: str) -> None:
+    """The tests marked with a name, in what .ci/NAME/install makes of the session's environment; side by side."""
+    session.run_install("bash", f".ci/{name}/install", f"{session.bin}/python", external=True, env={"PATH": PATH})
+    arguments = session.posargs or ["-q", "-m", name, "-n", "2", "--dist", "loadfile", *files]
+    session.run("python", "-m", "pytest", *arguments, env=env | OFFLINE)

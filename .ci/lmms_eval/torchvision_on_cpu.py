@@ -2,8 +2,8 @@
 
 Its C++ library then does not load, and its Python side stumbles over two operators that the library would have
 declared. Declaring them is enough for what processors use (transforms); the operators themselves stay unusable.
-`install` copies this file into site-packages, beside a .pth file that imports it: an environment's business, and no
-part of vtc. Nothing is loaded before torchvision is.
+The install scripts copy this file into site-packages, beside a .pth file that imports it: an environment's business,
+and no part of vtc. Nothing is loaded before torchvision is.
 """
 
 import sys

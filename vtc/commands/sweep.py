@@ -101,6 +101,8 @@ def sweep(
 
 def table_of(rows: Sequence[Mapping[str, str]]) -> Table:
     """One line for each method and keep, with a speed-up for each batch size."""
+    from vtc.profiling.sweep import UNPRUNED
+
     batches = sorted({int(row["batch"]) for row in rows})
     table = numbers_table(
         None, "", "tokens", "accuracy", "loss, points (95 %)", *(f"speed-up\nbatch {batch}" for batch in batches)
@@ -110,7 +112,7 @@ def table_of(rows: Sequence[Mapping[str, str]]) -> Table:
         cells.setdefault(tuple(row[name] for name in ("method", "keep", "options")), {})[int(row["batch"])] = row
     for (method, keep, _), by_batch in cells.items():
         row = next(iter(by_batch.values()))
-        whole = method == "none"
+        whole = method == UNPRUNED
         loss = [f"{100 * float(row[name]):.2f}" for name in ("loss", "loss_low", "loss_high") if row[name]]
         times = (by_batch.get(batch, {}).get("speedup") for batch in batches)
         table.add_row(

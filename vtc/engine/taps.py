@@ -81,7 +81,7 @@ class Rows:
         key: [B, Hkv, P + M, dh], keys stored before and those of the columns, after RoPE.
         there: bool [B, T], which rows are wanted. They stand at the end, in order.
         position: LongTensor [B, T], where they are among the keys.
-        valid: bool [B, P + M], keys that are no padding; ``None``: none is.
+        valid: bool [B, P + M], keys that are no padding; ``None``: no key is padding.
         allowed: bool [B, T, P + M] to obey instead of causality, or ``None``.
         window: how many keys back the layer looks, ``None`` for all.
         past: P.
@@ -120,7 +120,7 @@ class Rows:
             which: bool [B, M], the rows wanted.
             longest: the most rows any sample wants (host integer).
             keys: [B, Hkv, P, dh], keys stored before, after RoPE, or ``None``.
-            valid: bool [B, P + M], keys that are no padding; ``None``: none is.
+            valid: bool [B, P + M], keys that are no padding; ``None``: no key is padding.
             prepared: 4-D mask over the M columns to obey instead of causality (prefix-LM families).
             window: how many keys back the layer looks, ``None`` for all.
         """

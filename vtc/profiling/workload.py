@@ -72,13 +72,15 @@ class Workload:
             raise ValueError(f"batch={batch} must be at least 1")
         _, parts = resolve(model)
         rng = torch.Generator().manual_seed(self.seed)
-        samples = [self._sample(parts, rng, processor) for _ in range(batch)]
+        feed = None
+        if processor is None:
+            feed = feed_of(parts, Picture(*(self.image or _native(parts))), self.settings)
+        samples = [self._sample(parts, rng, processor, feed) for _ in range(batch)]
         inputs = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
         return {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
 
-    def _sample(self, parts: Parts, rng: torch.Generator, processor: Any) -> dict[str, Tensor]:
-        if processor is None:
-            feed = feed_of(parts, Picture(*(self.image or _native(parts))), self.settings)
+    def _sample(self, parts: Parts, rng: torch.Generator, processor: Any, feed: Feed | None) -> dict[str, Tensor]:
+        if feed is not None:
             visual = _pixels(parts, feed, rng)
             ids = [*_words(parts, 1, rng), *[parts.placeholders["image"]] * sum(feed.lengths)]
         else:
