@@ -19,7 +19,8 @@ from transformers import DynamicCache, StaticCache
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
 import vtc
-from vtc.engine.lengths import physical_length, slot_map
+from vtc.dialect.caches import physical_length
+from vtc.engine.lengths import slot_map
 
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 SOME = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "paligemma")
