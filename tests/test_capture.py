@@ -38,8 +38,8 @@ def recorded(
     """The settled method, and what the entry stage gets in a real prefill of a ragged batch."""
     seen: list[tuple[Any, Frame, list[Located], Tensor, Tensor]] = []
 
-    def spy(method: Any, frame: Frame, embeds: Tensor) -> Any:
-        decision = plan(method, frame, embeds)
+    def spy(method: Any, frame: Frame, embeds: Tensor, inside: bool) -> Any:
+        decision = plan(method, frame, embeds, inside)
         assert decision is not None
         seen.append((method, copy.copy(frame), decision.images, decision.flat, embeds))
         return decision

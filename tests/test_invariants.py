@@ -28,7 +28,7 @@ from zoo import FAMILIES, GREEDY, Batch, get_model, make_batch
 
 import vtc
 from vtc import patching
-from vtc.engine import context, encode, entry, generation, lengths, plan
+from vtc.engine import context, entry, generation, lengths, opening, plan
 from vtc.engine.entry import EntryStage
 from vtc.methods.base import image_seed
 
@@ -705,6 +705,7 @@ def test_control_a_frame_that_outlives_its_prompt_is_found(monkeypatch: pytest.M
 
     last: list[context.Frame] = []
     monkeypatch.setattr(EntryStage, "before_decoder", forgetful)
+    monkeypatch.setattr(entry, "is_running", lambda module: True)
     with pytest.raises(AssertionError):
         check_the_decoder_alone_is_left_alone(get_model("llava"), batch_of("llava"), get_model("llava"))
 
@@ -723,7 +724,7 @@ class SharedVariable:
 
 def test_control_a_frame_on_the_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = SharedVariable()
-    for module in (entry, encode, generation):
+    for module in (entry, opening, context):
         monkeypatch.setattr(module, "FRAME", shared)
     with pytest.raises(AssertionError):
         check_threads_do_not_meet(get_model("llava"), different_prompts("llava"))

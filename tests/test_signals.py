@@ -432,20 +432,20 @@ def test_attention_is_left_alone(name: str) -> None:
     check_attention_is_left_alone(model_of(name), batch_of(name))
 
 
-def attends_eagerly(module: nn.Module, args: Any, kwargs: Any) -> None:
+def attends_eagerly(owner: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
     """The row by a second pass of the layer, switched to the implementation that returns weights, and back."""
-    if taps.cls_rows() is not None:
+    if taps.cls_rows(owner) is not None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         module.config._attn_implementation, before = "eager", module.config._attn_implementation
         weights = module.forward(hidden)[1]
         module.config._attn_implementation = before
-        taps.cls_rows().append(weights.mean(1)[:, 0, 1:])
+        taps.cls_rows(owner).append(weights.mean(1)[:, 0, 1:])
 
 
-def attends_again(module: nn.Module, args: Any, kwargs: Any) -> None:
+def attends_again(owner: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
     """A second pass in the configured implementation."""
     module.forward(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-    taps.tap_cls(module, args, kwargs)
+    taps.tap_cls(owner, module, args, kwargs)
 
 
 def listens_with_attentions(*given: Any) -> Callable[..., Any]:

@@ -202,7 +202,7 @@ def _shorten(
     width = ids.shape[1]
     if mask is not None and mask.shape[1] != width:
         raise NotImplementedError("compressing a later turn needs vtc.patch: only the patch knows what a cache lacks")
-    frame = Frame(mask=mask)
+    frame = Frame(parts, mask=mask)
     for modality, output in outputs.items():
         where = (ids == parts.placeholders[modality]).cpu()
         if (

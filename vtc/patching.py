@@ -32,6 +32,7 @@ from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
 from vtc.engine.layers import unfit_for
+from vtc.engine.opening import Opening
 from vtc.engine.taps import CLS_TAPS
 from vtc.methods import Method, make_method
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
@@ -90,7 +91,7 @@ class Patch:
         if not self.method.query_aware or self._warned or self.stage.last is None:
             return
         self._warned = True
-        given = sum(image.layout.length for image in self.stage.last.plan.images)
+        given = sum(self.stage.last.plan.given)
         left = sum(len(kept) for images in self.last_keep or [] for kept in images)
         warnings.warn(
             f"{self.method.name} chose by the earlier question: {given - left} of {given} visual tokens are gone from "
@@ -108,8 +109,8 @@ class Patch:
         if (last := self.stage.last) is None:
             raise ValueError("nothing to report: run a prompt with an image through the patched model first")
         given = [0] * len(last.lengths)
-        for image in last.plan.images:
-            given[image.row] += image.layout.length
+        for image, seen in zip(last.plan.images, last.plan.given, strict=True):
+            given[image.row] += seen
         kept = last.kept()
         stages = [(after, [sum(map(len, images)) for images in samples]) for after, samples in kept]
         report = Report.of(Decoder.of(self.stage.parts.decoder), last.lengths, given, stages)
@@ -295,20 +296,25 @@ def _install(handle: Patch) -> None:
         _set(undo, module, _HANDLE, handle)
     # prepended: user hooks then see the pruned call, as they would see a shorter prompt
     pre = functools.partial(nn.Module.register_forward_pre_hook, prepend=True, with_kwargs=True)
-    undo.append(pre(parts.base, stage.before_base).remove)
+    opening = Opening(adapter, parts)
+    if parts.root is not parts.base:
+        undo.append(pre(parts.root, opening.before_root).remove)
+    undo.append(pre(parts.base, opening.before_base).remove)
+    undo.append(parts.base.register_forward_hook(opening.after_base).remove)
     undo.append(pre(parts.decoder, stage.before_decoder).remove)
-    undo.append(parts.root.register_forward_hook(stage.after_root, always_call=True).remove)
+    undo.append(parts.root.register_forward_hook(opening.after_root, always_call=True).remove)
     undo.append(parts.decoder.register_forward_hook(stage.after_decoder).remove)
     for layer, hook in zip(parts.layers, stage.layer_hooks(), strict=False):
         undo.append(pre(layer, hook).remove)
     undo.extend(stage.layers.hooks())
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:
-            wrapped = listening(adapter, parts.base, modality, handle.method.needs, encode)
+            wrapped = listening(adapter, parts, modality, handle.method.needs, encode)
             _set(undo, parts.base, encoder_name(modality), wrapped)
     for signal in CLS_TAPS.keys() & handle.method.needs:
+        tap = functools.partial(CLS_TAPS[signal], parts)
         towers = {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}
-        undo.extend(tower.register_forward_pre_hook(CLS_TAPS[signal], with_kwargs=True).remove for tower in towers)
+        undo.extend(tower.register_forward_pre_hook(tap, with_kwargs=True).remove for tower in towers)
     for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.stages)):
         name = LOSS_SLOT if method is LOSS else method.name
         _set(undo, owner, name, _wrapper(handle, method)(method.find(owner)))
@@ -322,7 +328,7 @@ def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., An
     if method in PAGED:
         return lambda found: no_continuous_batching
     return {
-        LOSS: pruning_labels,
+        LOSS: lambda found: pruning_labels(found, stage.parts),
         PREPARE: lambda found: preparing(found, handle.config.positions),
         PREFILL: lambda found: prefilling(found, placeholders, handle.later_turn),
         MAY_COMPILE: lambda found: never_compiled,

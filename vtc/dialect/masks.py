@@ -28,7 +28,9 @@ def check() -> None:
         _builder(name)
 
 
-def causal_mask(config: Any, layer: int, hidden: Tensor, padding: Tensor | None, cache: Any) -> Any:
+def causal_mask(
+    config: Any, layer: int, hidden: Tensor, padding: Tensor | None, cache: Any, positions: Tensor | None = None
+) -> Any:
     """What transformers would build for one layer if its cache were all there is.
 
     Args:
@@ -37,11 +39,12 @@ def causal_mask(config: Any, layer: int, hidden: Tensor, padding: Tensor | None,
         hidden: [B, M, d], what enters it.
         padding: bool [B, past + M], what is no padding; ``None``: nothing is.
         cache: the cache of the call, or ``None``.
+        positions: position ids [B or 1, M] where samples that restart in them are packed into one row.
     """
     sliding = window_of(config, layer) is not None
     build, spelling = _builder("create_sliding_window_causal_mask" if sliding else "create_causal_mask")
     call = spelling.bind((), {"config": config, "layer_idx": layer})
-    call[EMBEDS], call[MASK], call[CACHE], call[POSITIONS] = hidden, padding, cache, None
+    call[EMBEDS], call[MASK], call[CACHE], call[POSITIONS] = hidden, padding, cache, positions
     return build(**call.named)
 
 

@@ -24,17 +24,19 @@ class Spellings:
     """How the modules of one model spell the roles.
 
     Attributes:
+        root: of what the user calls.
         base: of the base model.
         decoder: of the language model.
         layers: of each of its layers.
     """
 
+    root: Spelling
     base: Spelling
     decoder: Spelling
     layers: tuple[Spelling, ...]
 
     @classmethod
-    def of(cls, base: nn.Module, decoder: nn.Module) -> Spellings:
+    def of(cls, root: nn.Module, base: nn.Module, decoder: nn.Module) -> Spellings:
         """Look for every role that the engine writes.
 
         Raises:
@@ -46,6 +48,7 @@ class Spellings:
             Spelling(x.forward, f"{type(x).__name__} (layer {i})", _LAYER) for i, x in enumerate(decoder.layers)
         )
         return cls(
+            Spelling(root.forward, f"{type(root).__name__}.forward", (IDS,)),
             Spelling(base.forward, f"{type(base).__name__}.forward", _BASE),
             Spelling(decoder.forward, f"{type(decoder).__name__}.forward", _DECODER),
             layers,
@@ -119,6 +122,19 @@ def encoder_output(like: Any, features: Any, deep: list[Any] | None) -> Any:
 def set_features(output: Any, features: Any) -> None:
     """Replace the features in an output of that method."""
     output.pooler_output = features
+
+
+def last_hidden(output: Any) -> Tensor:
+    """The hidden states [B, N, d] that a base model returns."""
+    return output[0]
+
+
+def with_last_hidden(output: Any, hidden: Tensor) -> Any:
+    """The same output with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    return output
 
 
 def takes_encoded(base: nn.Module) -> bool:

@@ -32,6 +32,12 @@ class Columns:
         """M, the columns after."""
         return self.index.shape[1]
 
+    def slots(self, width: int) -> Tensor:
+        """LongTensor [B, width]: where each column stands now, -1 where it does not."""
+        place = self.index.masked_fill(~self.valid, width)
+        here = torch.arange(self.length, device=place.device).expand_as(place)
+        return place.new_full((len(place), width + 1), -1).scatter(1, place, here)[:, :width]
+
     def sequence(self, tensor: Tensor) -> Tensor:
         """[B, N, ...] → [B, M, ...]. A bool tensor is False at holes."""
         return self.sequences(tensor)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.engine.compaction import Compaction
 from vtc.engine.locate import Encoded
@@ -21,29 +22,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class Frame:
-    """One call of the base model.
+    """One call of a patched model.
 
     Attributes:
+        owner: whose call it is: two patched models may share a decoder or a tower.
+        wanted: columns of the prompt whose logits the caller asked for, if not all or the last one.
         placeholders: by modality, bool [B, N] on the host; empty in decode steps.
         mask: the 2-D padding mask over physical slots and new columns, or ``None`` (nothing is padding).
         encoded: by modality, what the encoders produced for this call.
         compaction: what the entry stage did, once it ran.
         lengths: new columns of each row that are not padding (host integers), where there is a mask.
         pad_right: padding stands at the end of rows, as in training.
+        hides: the mask hides image tokens too.
         logical: the 2-D padding mask over logical columns, as the caller gave it.
+        prepared: the mask that reaches the decoder says which columns see which, and is to be obeyed.
         inside: what is in the sequence between the layers of a prefill, where a method has stages there.
         later_masks: masks made in a decode step, by (first layer of the stage, layer type).
         adopted: the cache that was prepared for a prompt which lost tokens, until it was checked.
         stored: how long its layers must be afterwards, by the first layer of each stage.
     """
 
+    owner: Any
+    wanted: Any = None
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     encoded: dict[str, Encoded] = field(default_factory=dict)
     compaction: Compaction | None = None
     lengths: list[int] | None = None
     pad_right: bool = False
+    hides: bool = False
     logical: Tensor | None = None
+    prepared: bool = False
     inside: Inside | None = None
     later_masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
     adopted: Any = None
@@ -53,20 +62,55 @@ class Frame:
         """Read from ``mask`` how many of the last ``width`` columns are real: a host sync."""
         if self.placeholders and self.mask is not None:
             real = self.mask[:, -width:].bool().cpu()
+            visual = torch.stack([*self.placeholders.values()]).any(0)
             self.lengths = real.sum(1).tolist()
-            self.pad_right = not bool(real[:, -1].all())
+            self.hides = bool((visual & ~real).any())
+            self.pad_right = not bool((real | visual)[:, -1].all())  # a hidden image is no padding
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("vtc_frame", default=None)
-PREPARED_MASKS: ContextVar[tuple[Tensor | None, Tensor | None]] = ContextVar("vtc_masks", default=(None, None))
-"""The logical and the physical 2-D mask behind the 4-D one that ``generate`` just prepared."""
+
+
+def running_frame(owner: Any) -> Frame | None:
+    """The call of ``owner`` that is running in this thread; ``None`` also where the engine should stand aside."""
+    frame = FRAME.get()
+    return None if frame is None or frame.owner is not owner or is_bypassed() else frame
+
+
+def is_running(module: nn.Module) -> bool:
+    """Whether a module is being called in this thread.
+
+    Hooks that close a frame do not run after a KeyboardInterrupt; the stack knows.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            return True
+        if code.co_name.startswith("torch_dynamo_resume"):  # compiled: its locals tell nothing
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@dataclass(frozen=True)
+class PreparedMasks:
+    """The logical and the physical 2-D mask (``None``: nothing is padding) behind the 4-D one of ``generate``."""
+
+    logical: Tensor | None
+    physical: Tensor | None
+    cache: Any
+
+
+PREPARED_MASKS: ContextVar[PreparedMasks | None] = ContextVar("vtc_masks", default=None)
 
 
 class ClsRows(list[Tensor]):
     """CLS rows in the order of the tower's calls, [pictures, patches] each: the list itself after the softmax."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Any) -> None:
         super().__init__()
+        self.owner = owner
         self.logits: list[Tensor] = []
         """The same before the softmax."""
 
@@ -77,9 +121,9 @@ _BYPASS: ContextVar[bool] = ContextVar("vtc_bypass", default=False)
 
 
 @contextmanager
-def recording_cls_rows() -> Iterator[ClsRows]:
-    """Collect the CLS rows that the taps compute while the vision tower runs."""
-    rows = ClsRows()
+def recording_cls_rows(owner: Any) -> Iterator[ClsRows]:
+    """Collect the CLS rows that the taps of ``owner`` compute while the vision tower runs."""
+    rows = ClsRows(owner)
     token = _CLS_ROWS.set(rows)
     try:
         yield rows
@@ -87,9 +131,10 @@ def recording_cls_rows() -> Iterator[ClsRows]:
         _CLS_ROWS.reset(token)
 
 
-def cls_rows() -> ClsRows | None:
-    """Where to put a CLS row, or ``None`` when nobody asked."""
-    return _CLS_ROWS.get()
+def cls_rows(owner: Any) -> ClsRows | None:
+    """Where taps of ``owner`` put a CLS row, or ``None`` when it did not ask."""
+    rows = _CLS_ROWS.get()
+    return rows if rows is not None and rows.owner is owner else None
 
 
 @contextmanager

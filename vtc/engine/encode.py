@@ -15,25 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from vtc.dialect.modules import features_in
-from vtc.engine.context import FRAME, cls_rows, is_bypassed, recording_cls_rows
+from vtc.engine.context import cls_rows, is_bypassed, recording_cls_rows, running_frame
 from vtc.engine.locate import Encoded
-from vtc.models import Adapter
+from vtc.models import Adapter, Parts
 
 _ATTACHED = "_vtc_encoded"
 
 
 def listening(
-    adapter: Adapter, base: nn.Module, modality: str, needs: frozenset[str], encode: Callable[..., Any]
+    adapter: Adapter, parts: Parts, modality: str, needs: frozenset[str], encode: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Wrap the encoder of a modality; the signature stays, since transformers inspects it."""
+    base = parts.base
     signature = inspect.signature(encode)
 
     @functools.wraps(encode)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nested = cls_rows() is not None  # some families encode videos by way of their image encoder
+        nested = cls_rows(parts) is not None  # some families encode videos by way of their image encoder
         if torch.compiler.is_compiling() or is_bypassed() or nested:
             return encode(*args, **kwargs)
-        with recording_cls_rows() as rows:
+        with recording_cls_rows(parts) as rows:
             output = encode(*args, **kwargs)
         if (lengths := feature_lengths(output)) is None:
             return output
@@ -45,7 +46,7 @@ def listening(
                 signals[name] = adapter.cls_scores(base, modality, torch.cat(heard), layouts, arguments)
         encoded = Encoded(tuple(layouts), signals, adapter.merge)
         setattr(output, _ATTACHED, encoded)
-        if (frame := FRAME.get()) is not None:
+        if (frame := running_frame(parts)) is not None:
             frame.encoded[modality] = encoded
         return output
 

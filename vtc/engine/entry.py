@@ -1,9 +1,7 @@
 """The entry stage: visual tokens leave between the projector and the language model.
 
-Two pre-hooks do it. The one on the base model reads the ids (the only host sync: where the placeholders are must be
-known before anything can be planned; it happens before the decoder starts) and translates a decode step's padding mask
-to physical slots. The one on the decoder sees the merged embeddings, asks the method which tokens stay and compacts
-embeddings, positions, masks and whatever else is aligned with the sequence. Nothing there waits for the device.
+A pre-hook on the decoder sees the merged embeddings, asks the method which tokens stay and compacts embeddings,
+positions, masks and whatever else is aligned with the sequence. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -17,14 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from vtc.dialect import attention, modules
-from vtc.dialect.arguments import CACHE, DEEPSTACK, EMBEDS, ENCODED, IDS, MASK, POSITIONS, USE_CACHE, Arguments
+from vtc.dialect.arguments import (
+    CACHE,
+    DEEPSTACK,
+    EMBEDS,
+    MASK,
+    POSITIONS,
+    USE_CACHE,
+    Arguments,
+)
 from vtc.dialect.caches import cache_in, logical_length, mask_sizes, new_cache, physical_length
-from vtc.dialect.masks import attention_kinds
+from vtc.dialect.masks import attention_kinds, causal_mask
 from vtc.dialect.releases import running
 from vtc.engine import masks
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import FRAME, PREPARED_MASKS, Frame, is_bypassed
-from vtc.engine.encode import attached
+from vtc.engine.context import FRAME, Frame, is_running, running_frame
 from vtc.engine.inside import Inside
 from vtc.engine.layers import LayerStages
 from vtc.engine.lengths import SlotMap, adopt, slot_map
@@ -44,52 +49,14 @@ class EntryStage:
         self.hides_gaps = parts.flash
         """Whether :meth:`before_layer` is installed: flash attention needs it, decode steps of others do not pay it."""
 
-    # -- the base model -------------------------------------------------------------------------------------------
-
-    def before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Open a frame; translate the padding mask of a cache that was pruned."""
-        if torch.compiler.is_compiling() or is_bypassed():
-            return None
-        call = self.parts.spellings.base.bind(args, kwargs)
-        given = call[EMBEDS] if call[IDS] is None else call[IDS]
-        new, cache = given.shape[1], call[CACHE]
-        mask = logical = call[MASK]
-        if (slots := slot_map(cache)) is not None and (mask is None or isinstance(mask, Tensor)):
-            length = physical_length(cache) + new
-            if mask is None or (mask.dim() == 2 and mask.shape[1] == length + slots.removed):
-                call[MASK] = mask = slots.physical_mask(mask, length)
-        prepared = PREPARED_MASKS.get()
-        PREPARED_MASKS.set((None, None))
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            logical, mask = prepared  # a static cache: the 2-D mask was seen where the 4-D one was made
-        frame = Frame(mask=mask, logical=logical)
-        if new > 1:
-            self._see_placeholders(frame, call)
-        FRAME.set(frame)
-        return (), call.named
-
-    def _see_placeholders(self, frame: Frame, call: Arguments) -> None:
-        ids, embeds = call[IDS], call[EMBEDS]
-        for modality, token in self.parts.placeholders.items():
-            where = ids == token if ids is not None else _embedded(self.parts.base, embeds, token)
-            if (host := where.cpu()).any():
-                frame.placeholders[modality] = host
-        for modality, output in (call[ENCODED] or {}).items():
-            if (encoded := attached(self.adapter, self.parts.base, modality, output)) is not None:
-                frame.encoded[modality] = encoded
-        frame.see_padding((embeds if ids is None else ids).shape[1])
-
-    @staticmethod
-    def after_root(root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Close the frame, also when the forward pass raised."""
-        if not torch.compiler.is_compiling():
-            FRAME.set(None)
-
     # -- the decoder ----------------------------------------------------------------------------------------------
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prune a prompt; in a decode step only shift positions, and only if they are compact."""
-        if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None:
+        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None:
+            return None
+        if not is_running(self.parts.base):  # an interrupt left the frame of another call
+            FRAME.set(None)
             return None
         call = self.parts.spellings.decoder.bind(args, kwargs)
         cache = call[CACHE]
@@ -97,7 +64,7 @@ class EntryStage:
         embeds = call[EMBEDS]
         if not frame.placeholders or embeds is None:
             return (), call.named
-        decision = plan(self.method, frame, embeds)
+        decision = plan(self.method, frame, embeds, bool(self.layers.stages))
         if decision is None:
             if physical_length(cache) == 0:
                 warnings.warn(
@@ -120,7 +87,7 @@ class EntryStage:
         Raises:
             RuntimeError: it is not. Whatever is generated from such a cache is wrong, so nothing is.
         """
-        if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None or frame.adopted is None:
+        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None or frame.adopted is None:
             return
         cache, frame.adopted = frame.adopted, None
         if (returned := cache_in(output)) is not None and returned is not cache:
@@ -148,7 +115,9 @@ class EntryStage:
         Layers rotate with embeddings that were made from the positions before. One that computes with positions keeps
         them, and gets a mask, before which flash attention looks at no positions.
         """
-        if torch.compiler.is_compiling() or POSITIONS.read(kwargs) is None or (frame := FRAME.get()) is None:
+        if torch.compiler.is_compiling() or POSITIONS.read(kwargs) is None:
+            return None
+        if (frame := running_frame(self.parts)) is None:
             return None
         cache = CACHE.read(kwargs)
         if frame.compaction is None and slot_map(cache) is None:
@@ -190,7 +159,8 @@ class EntryStage:
         ids = call[POSITIONS]
         if ids is None:
             ids = torch.arange(width, device=embeds.device)[None] + (0 if cache is None else logical_length(cache))
-        call[MASK] = masks.shortened(self.parts, call[MASK], frame.mask, compact, cache, past)
+        self._keep_samples_apart(frame, call, ids, cache)
+        call[MASK] = masks.shortened(self.parts, call[MASK], frame, compact, cache, past)
         self._deepstack(call, frame, compact)
         aligned = {
             name: value
@@ -210,6 +180,36 @@ class EntryStage:
             slots = adopt(cache, batch, embeds.device)
             dropped = column(compact.dropped, embeds.device)[:, 0]
             slots.extend(past, compact.index, compact.valid, width, dropped, compact.holes)
+
+    def _keep_samples_apart(self, frame: Frame, call: Arguments, ids: Tensor, cache: Any) -> None:
+        """Positions that restart within a row pack several samples into it: write the mask that they stand for.
+
+        Transformers tells them by their positions alone, and only where there is neither mask nor cache (with flash
+        attention: no mask); kept positions have gaps of their own.
+
+        Raises:
+            ValueError: they are packed, and this attention implementation or ``positions="compact"`` cannot do it.
+        """
+        ids = ids[0] if ids.dim() == 3 else ids
+        if call[MASK] is not None or frame.mask is not None or ids.dim() != 2:
+            return
+        alone = len(call[EMBEDS]) == 1 if self.parts.flash else cache is None
+        if not alone or not bool((ids.diff(dim=1) != 1).any()):
+            return
+        config = self.parts.decoder.config
+        made = {
+            kind: causal_mask(config, layer, call[EMBEDS], None, None, ids)
+            for kind, layer in masks.layer_of_each_kind(config).items()
+        }
+        writable = all(isinstance(mask, Tensor) for mask in made.values())
+        if self.parts.flash or self.positions == "compact" or not writable:
+            raise ValueError(
+                "position ids that restart within a row pack several samples into it. Their visual tokens can be "
+                "dropped with attn_implementation='sdpa' or 'eager' and positions='original', not with "
+                f"{self.parts.attention!r} and {self.positions!r}"
+            )
+        call[MASK] = made if len(made) > 1 else next(iter(made.values()))
+        frame.prepared = True
 
     def _starts(self, cache: Any, past: int, new: int) -> dict[str | None, int]:
         """Where a call's own keys begin in prepared masks, by layer type: windows forget what is far behind."""
@@ -236,8 +236,3 @@ class EntryStage:
         kept = compact.keep.flatten()[where.to(compact.keep.device, non_blocking=True)]
         order = (~kept).to(torch.int8).argsort(stable=True)[: len(where) - sum(compact.dropped)]
         call[DEEPSTACK] = type(deep)(rows_of[order.to(rows_of.device)] for rows_of in deep)
-
-
-def _embedded(base: nn.Module, embeds: Tensor, token: int) -> Tensor:
-    """Placeholders in a prompt that came as embeddings: the rows that equal the placeholder's own."""
-    return (embeds == modules.embedding_of(base, torch.tensor(token, device=embeds.device))).all(-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from vtc.dialect.arguments import CACHE, EMBEDS, IDS, MASK, NEW_LENGTH, POSITIONS, Spelling
 from vtc.dialect.caches import has_fixed_size, physical_length
 from vtc.dialect.generation import PREFILL, chunk_size
-from vtc.engine.context import FRAME, PREPARED_MASKS, is_bypassed
+from vtc.engine.context import PREPARED_MASKS, PreparedMasks, is_bypassed, running_frame
 from vtc.engine.lengths import slot_map
 
 
@@ -36,7 +36,7 @@ def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]
             ids = given[IDS] if given[EMBEDS] is None else given[EMBEDS]
             new = given[NEW_LENGTH] or ids.shape[1]
             given[MASK] = mask = slots.physical_mask(mask, physical_length(cache) + new)
-        PREPARED_MASKS.set((logical, mask))
+        PREPARED_MASKS.set(PreparedMasks(logical, mask, cache))
         inputs = prepare(**given.named)
         ids = POSITIONS.read(inputs)
         if slots is not None and positions == "compact" and ids is not None:
@@ -83,12 +83,12 @@ def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def pruning_labels(loss: Callable[..., Any]) -> Callable[..., Any]:
+def pruning_labels(loss: Callable[..., Any], owner: Any) -> Callable[..., Any]:
     """Wrap the loss: labels lose the columns that the logits lost."""
 
     @functools.wraps(loss)
     def call(*args: Any, **kwargs: Any) -> Any:
-        frame = FRAME.get()
+        frame = running_frame(owner)
         if frame is not None and frame.compaction is not None:
             passed = frame.inside.history if frame.inside is not None else []
             shorten = (passed[-1] if passed else frame.compaction).labels

@@ -30,7 +30,7 @@ from vtc.dialect.masks import (
 )
 from vtc.engine import taps
 from vtc.engine.compaction import Columns
-from vtc.engine.context import FRAME, Frame, is_bypassed
+from vtc.engine.context import Frame, running_frame
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, slot_map, stage_of
 from vtc.methods import Method
@@ -84,7 +84,7 @@ class LayerStages:
 
     def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prefill: drop if a stage is here, and hand over what fits the shorter sequence. Decode: maybe a mask."""
-        if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None:
+        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None:
             return None
         if frame.inside is None:
             return self._later(index, frame, args, kwargs)
@@ -109,7 +109,7 @@ class LayerStages:
 
     def after_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Score what an attention or MLP module did to each token."""
-        if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None or frame.inside is None:
+        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None or frame.inside is None:
             return
         inside = frame.inside
         before = attention.hidden_states(args, kwargs)
@@ -123,7 +123,7 @@ class LayerStages:
 
         @functools.wraps(process)
         def call(hidden: Tensor, where: Tensor, visual_embeds: Tensor, **kwargs: Any) -> Tensor:
-            frame = FRAME.get()
+            frame = running_frame(self.parts)
             inside = None if frame is None else frame.inside
             if inside is not None and inside.stages_done:
                 present = torch.zeros_like(where, dtype=torch.int8)
@@ -200,7 +200,7 @@ class LayerStages:
         given, cache = call[MASK], call[CACHE]
         kind = layer_type(self.parts.decoder.config, index)
         if kind not in inside.masks:
-            if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
+            if frame.prepared and isinstance(given, Tensor) and given.dim() == 4:
                 inside.masks[kind] = self._prepared(index, given, inside, cache)
             else:
                 padding = inside.padding(inside.past, inside.head)
@@ -231,7 +231,7 @@ class LayerStages:
         cache, given = call[CACHE], call[MASK]
         past, head = self._stored(index, frame, cache)
         prepared = None
-        if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
+        if frame.prepared and isinstance(given, Tensor) and given.dim() == 4:
             start = self._start(index, inside, cache, past)
             prepared = given[..., start : start + inside.index.shape[1]]
         rows_at = functools.partial(

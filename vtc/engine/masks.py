@@ -11,30 +11,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.dialect.caches import mask_sizes
+from vtc.dialect.caches import ledger_of, mask_sizes, physical_length
 from vtc.dialect.masks import attention_kinds
 from vtc.engine.compaction import Compaction
+from vtc.engine.context import Frame
+from vtc.engine.lengths import SlotMap
 from vtc.models import Parts
 
 
-def shortened(parts: Parts, mask: Any, before: Tensor | None, compact: Compaction, cache: Any, past: int) -> Any:
+def shortened(parts: Parts, mask: Any, frame: Frame, compact: Compaction, cache: Any, past: int) -> Any:
     """What the decoder gets for a mask.
 
     Args:
         parts: the model.
         mask: what it would have got: ``None``, 2-D, 4-D, a block mask or a dict of those by layer type.
-        before: the 2-D padding mask over the ``past`` stored and all new columns, ``None`` if nothing is padding.
+        frame: the call; its padding mask is about the ``past`` stored and all new columns.
         compact: the columns that stay.
         cache: the cache of the call, or ``None``.
         past: tokens it holds.
+
+    Raises:
+        ValueError: the caller made a mask of a kind that cannot lose columns.
     """
-    padding = _padding(before, compact, cache, past)
-    if not parts.builds_masks_early or mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+    padding = _padding(frame.mask, compact, cache, past)
+    if not frame.prepared or mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         return padding
+    if not parts.builds_masks_early and (parts.flash or not isinstance(mask, (Tensor, dict))):
+        raise ValueError(
+            f"an attention mask of type {type(mask).__name__} that is not two-dimensional cannot lose the columns of "
+            f"dropped tokens with {parts.attention!r}; give a 2-D mask, or a 4-D one with attn_implementation='sdpa' "
+            "or 'eager'"
+        )
     if not isinstance(mask, dict):
         return _prepared(parts, mask, padding, compact, cache, past, layer=0)
     types = attention_kinds(parts.decoder.config) or []
     return {kind: _prepared(parts, one, padding, compact, cache, past, types.index(kind)) for kind, one in mask.items()}
+
+
+def layer_of_each_kind(config: Any) -> dict[str | None, int]:
+    """The first layer of each kind of attention; of kind ``None`` where all are alike."""
+    kinds = attention_kinds(config)
+    return {None: 0} if kinds is None else {kind: kinds.index(kind) for kind in set(kinds)}
+
+
+def translated(mask: Any, cache: Any, slots: SlotMap, new: int) -> Any:
+    """A caller's own 4-D mask (or a dict of those) for a later call on a cache that was pruned.
+
+    Raises:
+        ValueError: it does not have a column for every token of the prompts so far, or layers lost different ones.
+    """
+    if isinstance(mask, dict):
+        return {kind: translated(one, cache, slots, new) for kind, one in mask.items()}
+    length = physical_length(cache) + new
+    if not isinstance(mask, Tensor) or mask.shape[-1] != length + slots.removed or len(ledger_of(cache)) > 1:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"an attention mask of your own ({shape}) must have a column for each of the {length + slots.removed} "
+            "tokens so far, dropped ones too, on a cache that was pruned before the language model; a 2-D mask always "
+            "works"
+        )
+    blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    index, valid = (x.to(mask.device)[:, None, None] for x in (slots.columns, slots.valid))
+    mask = mask.expand(len(index), *mask.shape[1:])
+    head = mask.gather(3, index.expand(-1, *mask.shape[1:3], -1)).masked_fill(~valid, blocked)
+    return torch.cat([head, mask[..., slots.logical :]], dim=3)
 
 
 def stored(before: Tensor | None, new: int) -> Tensor | None:

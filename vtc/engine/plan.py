@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,17 +27,28 @@ class Plan:
         keep: bool [G, N], which of each image's tokens stay (on the model's device).
         counts: how many (host integers).
         flat: LongTensor [G, N], where each token sits in the flattened batch; padding points past its end.
+        given: tokens of each image that can be seen at all: those that the mask does not hide (host integers).
     """
 
     images: list[Located]
     keep: Tensor
     counts: tuple[int, ...]
     flat: Tensor
+    given: tuple[int, ...]
 
     @property
     def drops(self) -> bool:
         """Whether anything goes."""
-        return any(k < image.layout.length for k, image in zip(self.counts, self.images, strict=True))
+        return self.counts != self.given
+
+    def without_hidden(self, mask: Tensor) -> Plan:
+        """The same of what a mask [B, N] does not hide; a host sync, and only where a caller hides image tokens.
+
+        What a method chooses does not depend on the mask; what is hidden leaves with the padding.
+        """
+        seen = torch.cat([mask.bool().flatten(), mask.new_zeros(1, dtype=torch.bool)]).to(self.flat.device)[self.flat]
+        keep = self.keep & seen
+        return replace(self, keep=keep, counts=tuple(keep.sum(1).tolist()), given=tuple(seen.sum(1).tolist()))
 
     def kept(self, batch: int, keep: Tensor | None = None) -> list[list[Tensor]]:
         """Kept indices among each image's tokens, by sample and image; or those of another bool [G, N]."""
@@ -70,10 +81,14 @@ class Prefill:
         return [(0, self.plan.kept(batch)), *inside]
 
 
-def plan(method: Method, frame: Frame, embeds: Tensor) -> Plan | None:
+def plan(method: Method, frame: Frame, embeds: Tensor, inside: bool = False) -> Plan | None:
     """Find the images of a call and let the method choose.
 
-    ``embeds`` [B, N, d] is what enters the decoder; at placeholders these are the projected features.
+    Args:
+        method: chooses.
+        frame: the call.
+        embeds: [B, N, d], what enters the decoder; at placeholders these are the projected features.
+        inside: tokens leave inside the language model too, so that padding leaves even if no token does here.
     """
     placeholders = {m: mask for m, mask in frame.placeholders.items() if m in frame.encoded}
     images = locate(placeholders, frame.encoded) if placeholders else []
@@ -85,7 +100,10 @@ def plan(method: Method, frame: Frame, embeds: Tensor) -> Plan | None:
         batch_first=True,
         padding_value=embeds.shape[0] * width,
     ).to(embeds.device, non_blocking=True)
-    return decide(method, frame, images, flat, embeds)
+    decision = decide(method, frame, images, flat, embeds)
+    if frame.hides and frame.mask is not None and (decision.drops or inside):
+        return decision.without_hidden(frame.mask[:, -width:])
+    return decision
 
 
 def decide(method: Method, frame: Frame, images: list[Located], flat: Tensor, embeds: Tensor) -> Plan:
@@ -98,7 +116,7 @@ def decide(method: Method, frame: Frame, images: list[Located], flat: Tensor, em
     tokens = VisualTokens(features, tuple(i.layout for i in images), _ordinals(images), _signals(method, frame, images))
     see_tokens(tokens)
     keep, counts = method.keep_mask(tokens)
-    return Plan(images, keep, counts, flat)
+    return Plan(images, keep, counts, flat, tokens.lengths)
 
 
 def _ordinals(images: list[Located]) -> tuple[int, ...]:
@@ -131,8 +149,8 @@ def compaction(plan: Plan, frame: Frame, shape: torch.Size) -> Compaction:
     real = None if frame.mask is None else frame.mask[:, -width:].bool()
     keep = ~gone if real is None else ~gone & real.to(device)
     dropped = [0] * batch
-    for image, count in zip(plan.images, plan.counts, strict=True):
-        dropped[image.row] += image.layout.length - count
+    for image, given, count in zip(plan.images, plan.given, plan.counts, strict=True):
+        dropped[image.row] += given - count
     lengths = [width] * batch if real is None else frame.lengths
     assert lengths is not None
     return Compaction.of(keep, [n - d for n, d in zip(lengths, dropped, strict=True)], dropped, frame.pad_right)

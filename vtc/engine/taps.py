@@ -38,22 +38,22 @@ def _cls_scores(attention: nn.Module, hidden: Tensor) -> Tensor:
     return (query @ key.transpose(2, 3)).float()[:, :, 0] * inner.scaling_in_tower(attention)
 
 
-def tap_cls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a vision self-attention: leave the CLS row with whoever is recording."""
-    if torch.compiler.is_compiling() or (rows := cls_rows()) is None:
+def tap_cls(owner: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a vision self-attention: leave the CLS row with its owner, if that is recording."""
+    if torch.compiler.is_compiling() or (rows := cls_rows(owner)) is None:
         return
     rows.append(cls_row(module, inner.hidden_states(args, kwargs).detach()))
 
 
-def tap_cls_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def tap_cls_logits(owner: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same for the logits."""
-    if torch.compiler.is_compiling() or (rows := cls_rows()) is None:
+    if torch.compiler.is_compiling() or (rows := cls_rows(owner)) is None:
         return
     rows.logits.append(cls_logit_row(module, inner.hidden_states(args, kwargs).detach()))
 
 
 CLS_TAPS = {"cls": tap_cls, "cls_logits": tap_cls_logits}
-"""By signal, the hook that hears it."""
+"""By signal, the hook that hears it; its first argument is whoever wants to know."""
 
 ROW_SIGNALS = frozenset({"instruction", "last", "text_to_visual", "visual_to_text"})
 

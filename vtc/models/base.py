@@ -233,7 +233,7 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
     if reason is not None:
         raise UnsupportedModelError(_refusal(model, model_type, reason))
     base, decoder = modules.base_of(model), modules.decoder_of(model)
-    return adapter, Parts(model, base, decoder, adapter.placeholders(base.config), Spellings.of(base, decoder))
+    return adapter, Parts(model, base, decoder, adapter.placeholders(base.config), Spellings.of(model, base, decoder))
 
 
 def _violations(model: nn.Module, adapter: Adapter) -> Iterator[str]:

@@ -1,0 +1,138 @@
+"""The outer two calls: what the user calls, and the base model behind it.
+
+They see what the decoder does not: ids, the padding mask as the caller gave it, features that were encoded ahead, and
+which logits are wanted. The only host sync of a prompt is here: where the placeholders are must be known before
+anything can be planned, and it happens before the decoder starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.dialect import modules
+from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, IDS, LOGITS, MASK, Arguments
+from vtc.dialect.caches import physical_length
+from vtc.engine import masks
+from vtc.engine.context import FRAME, PREPARED_MASKS, Frame, is_bypassed, is_running, running_frame
+from vtc.engine.encode import attached
+from vtc.engine.lengths import slot_map
+from vtc.models import Adapter, Parts
+from vtc.ops.gather import gather_columns
+
+
+class Opening:
+    """Hooks on root and base model: they open a frame, fill it, and close it."""
+
+    def __init__(self, adapter: Adapter, parts: Parts) -> None:
+        self.adapter, self.parts = adapter, parts
+
+    # -- the root -------------------------------------------------------------------------------------------------
+
+    def before_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Open a frame. If the caller wants the logits of some columns, :meth:`after_base` will pick them."""
+        if torch.compiler.is_compiling() or is_bypassed():
+            return None
+        frame = Frame(self.parts)
+        FRAME.set(frame)
+        call = self.parts.spellings.root.bind(args, kwargs)
+        wanted = call[LOGITS]
+        if wanted is None or (isinstance(wanted, int) and wanted < 2):  # all of them, or the last, which is the last
+            return None
+        frame.wanted, call[LOGITS] = wanted, 0
+        return (), call.named
+
+    @staticmethod
+    def after_root(root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Close the frame, also when the forward pass raised."""
+        if not torch.compiler.is_compiling():
+            FRAME.set(None)
+
+    # -- the base model -------------------------------------------------------------------------------------------
+
+    def before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See what is asked; translate the masks for a cache that was pruned."""
+        if torch.compiler.is_compiling() or is_bypassed():
+            return None
+        frame = FRAME.get()
+        if frame is None or frame.owner is not self.parts or not is_running(self.parts.root):
+            frame = Frame(self.parts)  # the base model was called by itself
+            FRAME.set(frame)
+        call = self.parts.spellings.base.bind(args, kwargs)
+        self._see_masks(frame, call)
+        if _width(call) > 1:
+            self._see_placeholders(frame, call)
+        return (), call.named
+
+    def _see_masks(self, frame: Frame, call: Arguments) -> None:
+        mask, cache = call[MASK], call[CACHE]
+        made, slots = PREPARED_MASKS.get(), slot_map(cache)
+        PREPARED_MASKS.set(None)
+        frame.prepared = self.parts.builds_masks_early
+        frame.logical = frame.mask = mask
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            if made is not None and made.cache is cache:  # the 2-D mask was seen where this one was made
+                frame.logical, frame.mask = made.logical, made.physical
+            else:  # the caller's own
+                frame.logical, frame.mask, frame.prepared = None, None, True
+                if slots is not None:
+                    call[MASK] = masks.translated(mask, cache, slots, _width(call))
+        elif slots is not None:
+            length = physical_length(cache) + _width(call)
+            if mask is None or mask.shape[1] == length + slots.removed:
+                call[MASK] = frame.mask = slots.physical_mask(mask, length)
+
+    def _see_placeholders(self, frame: Frame, call: Arguments) -> None:
+        ids, embeds = call[IDS], call[EMBEDS]
+        for modality, token in self.parts.placeholders.items():
+            where = ids == token if ids is not None else _embedded(self.parts.base, embeds, token)
+            if (host := where.cpu()).any():
+                frame.placeholders[modality] = host
+        for modality, output in (call[ENCODED] or {}).items():
+            if (encoded := attached(self.adapter, self.parts.base, modality, output)) is not None:
+                frame.encoded[modality] = encoded
+        frame.see_padding(_width(call))
+
+    def after_base(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Hidden states of the columns whose logits the caller wants, as columns of the prompt.
+
+        Raises:
+            IndexError: one of them was dropped.
+        """
+        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None or frame.wanted is None:
+            return None
+        hidden = modules.last_hidden(output)
+        width = hidden.shape[1] if frame.compaction is None else frame.compaction.width
+        columns = _columns(frame.wanted, width, hidden.device)
+        if frame.compaction is None:
+            return modules.with_last_hidden(output, hidden[:, columns])
+        left = frame.inside.history[-1] if frame.inside is not None and frame.inside.history else frame.compaction
+        slots = left.slots(width)[:, columns]
+        gone = slots < 0
+        if frame.mask is not None:  # of padding nobody wants to know
+            gone &= frame.mask[:, -width:].bool().to(gone.device)[:, columns]
+        if gone.any():
+            row, which = gone.nonzero()[0].tolist()
+            raise IndexError(
+                f"the logits of column {int(columns[which])} of row {row} were asked for, and that visual token was "
+                "dropped; p.last_columns of the patch has the columns that are left"
+            )
+        return modules.with_last_hidden(output, gather_columns((hidden,), slots.clamp(min=0))[0])
+
+
+def _embedded(base: nn.Module, embeds: Tensor, token: int) -> Tensor:
+    """Placeholders in a prompt that came as embeddings: the rows that equal the placeholder's own."""
+    return (embeds == modules.embedding_of(base, torch.tensor(token, device=embeds.device))).all(-1)
+
+
+def _width(call: Arguments) -> int:
+    """New columns of a call."""
+    return (call[EMBEDS] if call[IDS] is None else call[IDS]).shape[1]
+
+
+def _columns(wanted: int | Tensor, width: int, device: torch.device) -> Tensor:
+    """LongTensor [n]: the columns that ``hidden[:, -wanted:]``, or ``hidden[:, wanted]``, would take of ``width``."""
+    every = torch.arange(width, device=device)
+    return every[-wanted:] if isinstance(wanted, int) else every[wanted.to(device)]
