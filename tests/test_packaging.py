@@ -170,6 +170,15 @@ def test_each_tested_transformers_has_a_lock_and_pyproject_has_the_ends():
             assert next(iter(pin.specifier)).version in supported, path
 
 
+@pytest.mark.parametrize("name", ["ONLY_NEWEST", "ONLY_ENDS"])
+def test_the_tests_that_a_session_leaves_out_exist(name):
+    """And none of them is among the engine's."""
+    for pattern in noxfile(name):
+        files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob(f"test_{pattern}.py")}
+        assert files, pattern
+        assert not files & {"matrix", "methods_matrix", "generation", "layers", "models", "invariants", "signals"}
+
+
 def test_locks_build_with_pyprojects_setuptools():
     for release in noxfile("TRANSFORMERS"):
         pins = locked(ROOT / "requirements" / f"transformers-{release}.txt")
