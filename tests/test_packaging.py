@@ -1,5 +1,6 @@
-"""What is installed, and what the README says about it."""
+"""What is installed, from which locks, and what the README says about it."""
 
+import ast
 import inspect
 import json
 import os
@@ -12,6 +13,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from transformers import LlavaModel
 from typer.testing import CliRunner
 
@@ -24,6 +28,7 @@ tomllib = pytest.importorskip("tomllib")  # Python 3.11
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 EXTRAS = {"kernels", "flash-attn", "viz", "lmms-eval", "vllm", "test", "dev"}
 
 
@@ -116,6 +121,85 @@ def test_readme_lists_exactly_the_methods():
     rows = re.findall(r"^- `(\w+)`", README.split("## Methods")[1].split("\n## ")[0], flags=re.M)
     ours = [name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc.")]
     assert sorted(rows) == ours  # other tests register methods of their own
+
+
+def noxfile(name: str):
+    """A constant of noxfile.py, which cannot be imported: nox is not among the test's packages."""
+    tree = ast.parse((ROOT / "noxfile.py").read_text())
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+    )
+
+
+def locked(path: Path) -> dict[str, list[Requirement]]:
+    """The lines of a lock, by package: several where Pythons or platforms differ."""
+    found: dict[str, list[Requirement]] = {}
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            requirement = Requirement(line)
+            found.setdefault(requirement.name, []).append(requirement)
+    return found
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_a_lock_has_one_version_of_each_package(path):
+    """That none is missing, `.ci/locked.py` asks of every environment that nox makes."""
+    for name, pins in locked(path).items():
+        for pin in pins:
+            assert re.fullmatch(r"==[^*,]+", str(pin.specifier)), f"{pin} is not pinned"
+            assert not pin.extras, f"{pin}: pip takes no extras in constraints"
+        for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
+            here = {"python_version": python, "python_full_version": f"{python}.0"}
+            assert sum(pin.marker is None or pin.marker.evaluate(here) for pin in pins) <= 1, (name, python)
+
+
+def test_each_tested_transformers_has_a_lock_and_pyproject_has_the_ends():
+    tested = noxfile("TRANSFORMERS")
+    assert list(tested) == sorted(tested, key=Version)
+    for release in tested:
+        pins = locked(ROOT / "requirements" / f"transformers-{release}.txt")
+        assert str(pins["transformers"][-1].specifier).startswith(f"=={release}.")
+    required = map(Requirement, PROJECT["project"]["dependencies"])
+    supported = next(r.specifier for r in required if r.name == "transformers")
+    major, minor = map(int, tested[-1].split("."))
+    assert supported == SpecifierSet(f">={tested[0]},<{major}.{minor + 1}")
+    for path in LOCKS:  # those of lmms-eval and vLLM, too
+        for pin in locked(path).get("transformers", []):
+            assert next(iter(pin.specifier)).version in supported, path
+
+
+@pytest.mark.parametrize("name", ["ONLY_NEWEST", "ONLY_ENDS"])
+def test_the_tests_that_a_session_leaves_out_exist(name):
+    """And none of them is among the engine's."""
+    for pattern in noxfile(name):
+        files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob(f"test_{pattern}.py")}
+        assert files, pattern
+        assert not files & {"matrix", "methods_matrix", "generation", "layers", "models", "invariants", "signals"}
+
+
+def test_locks_build_with_pyprojects_setuptools():
+    for release in noxfile("TRANSFORMERS"):
+        pins = locked(ROOT / "requirements" / f"transformers-{release}.txt")
+        assert [str(pin) for pin in pins["setuptools"]] == PROJECT["build-system"]["requires"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/reproduce/README.md"])
+def test_commands_name_locks_that_exist(page):
+    named = re.findall(r" -[cr] (\S+\.txt)", (ROOT / page).read_text())
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_page_of_locks_lists_them():
+    named = re.findall(r"`([\w.-]+\.txt)`", (ROOT / "requirements" / "README.md").read_text())
+    assert set(named) == {path.name for path in LOCKS}
+
+
+def test_the_demo_is_installed_with_the_newest_transformers():
+    command = next(line for snippet in snippets("bash") for line in snippet.splitlines() if line.endswith("vtc demo"))
+    assert f"-c requirements/transformers-{noxfile('TRANSFORMERS')[-1]}.txt" in command
 
 
 def test_ci_runs_the_readmes_test_command():
