@@ -742,7 +742,7 @@ def state_on_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if slot_map(cache, layer) is None else shared.get()
 
     monkeypatch.setattr(entry, "adopt", adopting)
-    for module in (entry, lengths, generation):
+    for module in (entry, lengths, generation, opening):
         monkeypatch.setattr(module, "slot_map", looking)
 
 
