@@ -14,7 +14,8 @@ import inspect
 import transformers
 from transformers import LlamaModel
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+OLD = RELEASE < (5, 23)
 
 # 5.24 renamed the argument of every forward, of `generate` and of the mask builders, and the field of every output.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
