@@ -21,7 +21,8 @@ from transformers.cache_utils import StaticLayer
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
 import vtc
-from vtc.engine.lengths import physical_length, slot_map
+from vtc.dialect.caches import physical_length
+from vtc.engine.lengths import slot_map
 
 SOME = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "paligemma")
 ONE_D = tuple(name for name in SOME if FAMILIES[name].one_dim)

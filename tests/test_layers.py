@@ -23,8 +23,8 @@ from transformers import DynamicCache, StaticCache
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, get_model, make_batch
 
 import vtc
-from vtc.engine.layers import _CHECKPOINTS_HOOKS
-from vtc.engine.lengths import physical_length
+from vtc.dialect.attention import CHECKPOINTS_HOOKS
+from vtc.dialect.caches import physical_length
 from vtc.methods.base import Stage, register_method
 from vtc.tokens import InsideTokens, VisualTokens
 
@@ -337,7 +337,7 @@ def test_gradients_flow_with_and_without_checkpointing() -> None:
             if recompute:
                 checkpointing(model, True)
             try:
-                if recompute and _CHECKPOINTS_HOOKS:
+                if recompute and CHECKPOINTS_HOOKS:
                     with pytest.raises(NotImplementedError, match="tokens would leave twice"):
                         model(**batch, labels=labels)
                     return

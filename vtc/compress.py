@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.dialect import generation, modules
+from vtc.dialect.arguments import ENCODED, IDS, MASK, POSITIONS, Arguments
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Frame, bypassed
 from vtc.engine.encode import attached
@@ -67,11 +68,11 @@ def compress_inputs(
         outputs, used = _encode(parts, inputs)
     for name in used:
         inputs.pop(name, None)
-    if "position_ids" not in inputs:
-        ids = inputs["input_ids"]
-        inputs["position_ids"] = parts.root._prepare_position_ids_for_generation(ids, inputs | used)
-    short = _shorten(adapter, parts, inputs["input_ids"], inputs, outputs, handle.method, handle.config.positions)
-    return inputs if short is None else inputs | short.inputs
+    call = parts.spellings.base.bind((), inputs)
+    if call[POSITIONS] is None:
+        call[POSITIONS] = generation.positions_of_prompt(parts.root, call[IDS], inputs | used)
+    short = _shorten(adapter, parts, call, outputs, handle.method, handle.config.positions)
+    return call.named if short is None else call.named | short.inputs
 
 
 def generate(
@@ -110,26 +111,25 @@ def generate(
         chosen, place = handle.method, handle.config.positions
     _takes_features(parts)
     _before_the_model(parts, chosen)
-    mode = str(generation_config.get_generation_mode().value)
-    if mode not in _DECODERS:
-        raise NotImplementedError(f"vtc.generate decodes greedily, by sampling or with beams, not by {mode}")
-    short = _shorten(
-        adapter, parts, input_ids, model_kwargs, model_kwargs.get("mm_encoder_outputs") or {}, chosen, place
-    )
+    decode = generation.decoding_loop(parts.root, generation_config)
+    call = parts.spellings.base.bind((), model_kwargs)
+    call[IDS] = input_ids
+    short = _shorten(adapter, parts, call, call[ENCODED] or {}, chosen, place)
     ids = input_ids
     if short is not None:
-        model_kwargs |= short.inputs
-        ids = model_kwargs.pop("input_ids")
+        call.named |= short.inputs
+        ids = call[IDS]
         if handle is not None:
             handle.stage.last = short.prefill
+    call.pop(IDS)
     gone = input_ids.shape[1] - ids.shape[1]
     with bypassed():
-        result = getattr(parts.root, _DECODERS[mode])(
+        result = decode(
             ids,
             logits_processor=_earlier(logits_processor, gone),
             stopping_criteria=_earlier(stopping_criteria, gone),
             generation_config=_earlier([generation_config], gone)[0],
-            **model_kwargs,
+            **call.named,
         )
     if generation_config.num_beams > 1:  # a row per beam went in, a row per returned sequence came out
         input_ids = input_ids[:: generation_config.num_beams].repeat_interleave(
@@ -141,29 +141,19 @@ def generate(
     return result
 
 
-_DECODERS = {
-    "greedy_search": "_sample",
-    "sample": "_sample",
-    "beam_search": "_beam_search",
-    "beam_sample": "_beam_search",
-}
-_COUNTS_FROM_START = ("max_length", "min_length", "prompt_length_to_skip", "begin_index")
-
-
 def _earlier(rules: Any, gone: int) -> Any:
     """Copies of processors, criteria or configs whose lengths count the prompt: the prompt is ``gone`` shorter."""
     moved = []
     for rule in rules:
         rule = copy.copy(rule)
-        for name in _COUNTS_FROM_START:
-            if isinstance(value := getattr(rule, name, None), int) and not isinstance(value, bool):
-                setattr(rule, name, value - gone)
+        for name, length in generation.lengths_in(rule):
+            setattr(rule, name, length - gone)
         moved.append(rule)
     return type(rules)(moved)
 
 
 def _takes_features(parts: Parts) -> None:
-    if "mm_encoder_outputs" not in inspect.signature(parts.base.forward).parameters:
+    if not modules.takes_encoded(parts.base):
         import transformers
 
         raise NotImplementedError(
@@ -184,8 +174,8 @@ def _encode(parts: Parts, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], di
     """Run the encoders as ``generate`` does; also return the arguments they used up."""
     outputs, used = {}, {}
     for modality in MODALITIES:
-        encode = getattr(parts.base, f"get_{modality}_features", None)
-        names = [] if encode is None else inspect.signature(encode).parameters
+        encode = modules.encoder_of(parts.base, modality)
+        names = [] if encode is None else modules.parameters_of(encode)
         arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
         if any(name.startswith("pixel_values") for name in arguments):
             outputs[modality] = encode(**arguments, return_dict=True)
@@ -202,15 +192,14 @@ class _Short:
 def _shorten(
     adapter: Adapter,
     parts: Parts,
-    ids: Tensor,
-    inputs: Mapping[str, Any],
+    call: Arguments,
     outputs: Mapping[str, Any],
     method: Method,
     positions: str,
 ) -> _Short | None:
     """The shortened ids, masks, positions, token types and features; ``None`` when nothing is dropped."""
+    ids, mask = call[IDS], call[MASK]
     width = ids.shape[1]
-    mask = inputs.get("attention_mask")
     if mask is not None and mask.shape[1] != width:
         raise NotImplementedError("compressing a later turn needs vtc.patch: only the patch knows what a cache lacks")
     frame = Frame(mask=mask)
@@ -229,28 +218,27 @@ def _shorten(
     if decision is None or not decision.drops:
         return None
     compact = compaction(decision, frame, ids.shape)
-    short = {
+    aligned = {
         name: compact.sequence(value)
-        for name, value in inputs.items()
+        for name, value in call.named.items()
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == ids.shape
     }
-    pad = parts.root.generation_config.pad_token_id or 0
-    short["input_ids"] = compact.sequence(ids).masked_fill(~compact.valid, pad)
-    short["attention_mask"] = compact.valid.long() if compact.holes or mask is not None else None
-    if (old := inputs.get("position_ids")) is not None:
-        short["position_ids"] = compact.positions(old)
-        if positions == "compact":
-            short["position_ids"] = compact.renumber(short["position_ids"], compact.first_position(old, mask))
-    short["mm_encoder_outputs"] = {m: _kept(outputs[m], m, frame, compact, decision) for m in frame.placeholders}
+    short = parts.spellings.base.bind((), aligned)
+    short[IDS] = compact.sequence(ids).masked_fill(~compact.valid, parts.root.generation_config.pad_token_id or 0)
+    short[MASK] = compact.valid.long() if compact.holes or mask is not None else None
+    if (old := call[POSITIONS]) is not None:
+        kept = compact.positions(old)
+        short[POSITIONS] = compact.renumber(kept, compact.first_position(old, mask)) if positions == "compact" else kept
+    short[ENCODED] = {m: _kept(outputs[m], m, frame, compact, decision) for m in frame.placeholders}
     lengths = tuple(frame.lengths or [width] * len(ids))
-    return _Short(short, Prefill(decision, compact, lengths, []))
+    return _Short(short.named, Prefill(decision, compact, lengths, []))
 
 
 def _placed(frame: Frame, outputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     """The features at their placeholders, zeros elsewhere: what selection needs of the embeddings."""
     placed = None
     for modality, where in frame.placeholders.items():
-        rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in outputs[modality].pooler_output])
+        rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in modules.features_in(outputs[modality])])
         if placed is None:
             placed = rows.new_zeros(*ids.shape, rows.shape[-1])
         placed[where.to(rows.device)] = rows
@@ -269,9 +257,7 @@ def _kept(output: Any, modality: str, frame: Frame, compact: Compaction, decisio
             return list(rows.split(counts))
         return rows.reshape(len(counts), -1, rows.shape[-1]) if len(set(counts)) == 1 else rows[None]
 
-    fields = {"pooler_output": keep(output.pooler_output)}
-    if (deep := getattr(output, "deepstack_features", None)) is not None:
-        fields["deepstack_features"] = [
-            keep(layer) if not isinstance(layer, Tensor) else layer[stays] for layer in deep
-        ]
-    return type(output)(**fields)
+    deep = modules.deep_features_in(output)
+    if deep is not None:
+        deep = [keep(layer) if not isinstance(layer, Tensor) else layer[stays] for layer in deep]
+    return modules.encoder_output(output, keep(modules.features_in(output)), deep)

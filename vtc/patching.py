@@ -14,6 +14,20 @@ from torch import Tensor, nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.dialect.generation import (
+    COMPILED_SLOT,
+    LOSS,
+    LOSS_SLOT,
+    MAY_COMPILE,
+    PAGED,
+    PREFILL,
+    PREPARE,
+    PROCESS_DEEPSTACK,
+    WrappedMethod,
+    wrapped_methods,
+)
+from vtc.dialect.modules import encoder_name, encoder_of, without_adapters
+from vtc.dialect.releases import warn_if_untested
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
@@ -211,9 +225,7 @@ def unpatch(model: nn.Module) -> None:
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The handle of a patched model, else ``None``."""
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return getattr(model, "__dict__", {}).get(_HANDLE)
+    return getattr(without_adapters(model), "__dict__", {}).get(_HANDLE)
 
 
 def requested(
@@ -260,8 +272,7 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
             f"positions='compact' would give every layer of {method.name!r} positions of its own, and keys are rotated "
             "by then; use positions='original'"
         )
-    implementation = getattr(parts.decoder.config, "_attn_implementation", None)
-    if parts.builds_masks_early and implementation == "flex_attention":
+    if parts.builds_masks_early and parts.attention == "flex_attention":
         raise UnsupportedModelError(
             f"this {name} builds its masks before the language model, and a flex_attention block mask cannot lose "
             "columns; load it with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
@@ -271,6 +282,8 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
             f"{method.name!r} drops tokens between the layers of the language model, and {reason}. Methods that drop "
             "them before it work, e.g. 'divprune'"
         )
+    wrapped_methods(parts.root, parts.decoder, bool(stages))
+    warn_if_untested()
     return method
 
 
@@ -285,31 +298,36 @@ def _install(handle: Patch) -> None:
     undo.append(pre(parts.base, stage.before_base).remove)
     undo.append(pre(parts.decoder, stage.before_decoder).remove)
     undo.append(parts.root.register_forward_hook(stage.after_root, always_call=True).remove)
-    if stage.hides_gaps:
-        undo.extend(pre(layer, stage.before_layer).remove for layer in parts.layers)
+    undo.append(parts.decoder.register_forward_hook(stage.after_decoder).remove)
+    for layer, hook in zip(parts.layers, stage.layer_hooks(), strict=False):
+        undo.append(pre(layer, hook).remove)
     undo.extend(stage.layers.hooks())
     for modality in MODALITIES:
-        name = f"get_{modality}_features"
-        if hasattr(parts.base, name):
-            wrapped = listening(adapter, parts.base, modality, handle.method.needs, getattr(parts.base, name))
-            _set(undo, parts.base, name, wrapped)
+        if (encode := encoder_of(parts.base, modality)) is not None:
+            wrapped = listening(adapter, parts.base, modality, handle.method.needs, encode)
+            _set(undo, parts.base, encoder_name(modality), wrapped)
     for signal in CLS_TAPS.keys() & handle.method.needs:
         towers = {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}
         undo.extend(tower.register_forward_pre_hook(CLS_TAPS[signal], with_kwargs=True).remove for tower in towers)
-    _wrap(undo, parts.root, "prepare_inputs_for_generation", lambda f: preparing(f, handle.config.positions))
-    placeholders = frozenset(parts.placeholders.values())
-    _wrap(undo, parts.root, "_prefill", lambda f: prefilling(f, placeholders, handle.later_turn))
-    _wrap(undo, parts.root, "generate_batch", lambda f: no_continuous_batching)
-    if stage.layers.stages:
-        _wrap(undo, parts.decoder, "_deepstack_process", stage.layers.deepstack)
-        _wrap(undo, parts.root, "_valid_auto_compile_criteria", lambda f: never_compiled)
-    _set(undo, parts.root, "_loss_function", pruning_labels(parts.root.loss_function))
+    for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.stages)):
+        name = LOSS_SLOT if method is LOSS else method.name
+        _set(undo, owner, name, _wrapper(handle, method)(method.find(owner)))
     undo.append(functools.partial(_forget_compiled, parts.root))
 
 
-def _wrap(undo: list[Callable[[], None]], owner: nn.Module, name: str, wrapper: Callable[[Any], Any]) -> None:
-    if hasattr(owner, name):
-        _set(undo, owner, name, wrapper(getattr(owner, name)))
+def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What goes around one of the methods that are no modules."""
+    stage = handle.stage
+    placeholders = frozenset(stage.parts.placeholders.values())
+    if method in PAGED:
+        return lambda found: no_continuous_batching
+    return {
+        LOSS: pruning_labels,
+        PREPARE: lambda found: preparing(found, handle.config.positions),
+        PREFILL: lambda found: prefilling(found, placeholders, handle.later_turn),
+        MAY_COMPILE: lambda found: never_compiled,
+        PROCESS_DEEPSTACK: stage.layers.deepstack,
+    }[method]
 
 
 def _set(undo: list[Callable[[], None]], owner: nn.Module, name: str, value: Any) -> None:
@@ -328,5 +346,5 @@ def _set(undo: list[Callable[[], None]], owner: nn.Module, name: str, value: Any
 
 def _forget_compiled(model: nn.Module) -> None:
     """Graphs compiled before do not see hooks added since, and the other way round."""
-    if model.__dict__.pop("_compiled_call", None) is not None:
+    if model.__dict__.pop(COMPILED_SLOT, None) is not None:
         torch._dynamo.reset()

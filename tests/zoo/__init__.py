@@ -126,6 +126,7 @@ def _families() -> list[Family]:
         Family("idefics3", models.idefics3, Tiles()),
         Family("smolvlm", models.smolvlm, Tiles()),
         Family("mistral3", models.mistral3, PixtralRows(4)),
+        Family("ministral3", models.ministral3, PixtralRows(4)),
         Family("gemma3", part(models.gemma3, 512), gemma3, types="token_type_ids"),
         Family("gemma3_window8", part(models.gemma3, 8), gemma3, types="token_type_ids"),
         Family("gemma4", part(models.gemma4, False, 8), Gemma4Patches(), types="mm_token_type_ids"),

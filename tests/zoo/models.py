@@ -291,6 +291,20 @@ def mistral3() -> tf.PreTrainedModel:
     return _finish(tf.Mistral3ForConditionalGeneration, config)
 
 
+def ministral3() -> tf.PreTrainedModel:
+    """Layers that compute with position ids: queries are scaled, here from the eighth position on."""
+    scaled = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.5}
+    text = tf.Ministral3Config(**_text(head_dim=8), rope_parameters=scaled | {"original_max_position_embeddings": 8})
+    config = tf.Mistral3Config(
+        vision_config=_pixtral(),
+        text_config=text,
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    return _finish(tf.Mistral3ForConditionalGeneration, config)
+
+
 def gemma3(window: int) -> tf.PreTrainedModel:
     text = tf.Gemma3TextConfig(
         **_text(

@@ -166,6 +166,7 @@ def _fitting(model: Any, console: Any) -> list[str]:
 
 def describe(model: Any, name: str, workload: Any) -> dict[str, str]:
     """Provenance, and what was measured, as the columns that come first in a row."""
+    from vtc.dialect.modules import attention_of
     from vtc.profiling.provenance import provenance
 
     size = "native" if workload.image is None else "{}x{}".format(*workload.image)
@@ -174,7 +175,7 @@ def describe(model: Any, name: str, workload: Any) -> dict[str, str]:
         "model": name,
         "workload": f"image {size}, {workload.text} text tokens",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": str(getattr(model.config.get_text_config(), "_attn_implementation", None)),
+        "attention": attention_of(model.config.get_text_config()),
     }
 
 

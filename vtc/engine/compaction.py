@@ -43,6 +43,12 @@ class Columns:
             for x in gather_columns(tensors, self.index)
         )
 
+    def positions(self, ids: Tensor) -> Tensor:
+        """Position ids [B or 1, N] or [axes, B or 1, N] → the same with M columns."""
+        index = self.index.to(ids.device)
+        index = index.expand(*ids.shape[:-2], *index.shape)
+        return ids.expand(*ids.shape[:-2], index.shape[-2], ids.shape[-1]).gather(-1, index)
+
     def labels(self, labels: Tensor, ignore: int = -100) -> Tensor:
         """Labels [B, N] → [B, M], ``ignore`` at holes."""
         return self.sequence(labels).masked_fill(~self.valid.to(labels.device), ignore)
@@ -108,12 +114,6 @@ class Compaction(Columns):
     def width(self) -> int:
         """N, the columns before."""
         return self.keep.shape[1]
-
-    def positions(self, ids: Tensor) -> Tensor:
-        """Position ids [B or 1, N] or [axes, B or 1, N] → the same with M columns."""
-        index = self.index.to(ids.device)
-        index = index.expand(*ids.shape[:-2], *index.shape)
-        return ids.expand(*ids.shape[:-2], index.shape[-2], ids.shape[-1]).gather(-1, index)
 
     def first_position(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Where each row's positions begin, padding left out: [B or 1, N], 2-D padding mask → [B or 1]."""

@@ -33,6 +33,8 @@ class Frame:
         logical: the 2-D padding mask over logical columns, as the caller gave it.
         inside: what is in the sequence between the layers of a prefill, where a method has stages there.
         later_masks: masks made in a decode step, by (first layer of the stage, layer type).
+        adopted: the cache that was prepared for a prompt which lost tokens, until it was checked.
+        stored: how long its layers must be afterwards, by the first layer of each stage.
     """
 
     placeholders: dict[str, Tensor] = field(default_factory=dict)
@@ -44,6 +46,8 @@ class Frame:
     logical: Tensor | None = None
     inside: Inside | None = None
     later_masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
+    adopted: Any = None
+    stored: dict[int, int] = field(default_factory=dict)
 
     def see_padding(self, width: int) -> None:
         """Read from ``mask`` how many of the last ``width`` columns are real: a host sync."""
@@ -55,7 +59,7 @@ class Frame:
 
 FRAME: ContextVar[Frame | None] = ContextVar("vtc_frame", default=None)
 PREPARED_MASKS: ContextVar[tuple[Tensor | None, Tensor | None]] = ContextVar("vtc_masks", default=(None, None))
-"""The logical and the physical 2-D mask behind the 4-D one that ``prepare_inputs_for_generation`` just built."""
+"""The logical and the physical 2-D mask behind the 4-D one that ``generate`` just prepared."""
 
 
 class ClsRows(list[Tensor]):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.dialect.modules import features_in
 from vtc.engine.context import FRAME, cls_rows, is_bypassed, recording_cls_rows
 from vtc.engine.locate import Encoded
 from vtc.models import Adapter
@@ -24,7 +25,7 @@ _ATTACHED = "_vtc_encoded"
 def listening(
     adapter: Adapter, base: nn.Module, modality: str, needs: frozenset[str], encode: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Wrap ``base.get_{modality}_features``; the signature stays, since transformers inspects it."""
+    """Wrap the encoder of a modality; the signature stays, since transformers inspects it."""
     signature = inspect.signature(encode)
 
     @functools.wraps(encode)
@@ -63,7 +64,7 @@ def attached(adapter: Adapter, base: nn.Module, modality: str, output: Any) -> E
 
 def feature_lengths(output: Any) -> list[int] | None:
     """Features of each entry of an encoder's output, ``None`` where it has no such list."""
-    features = getattr(output, "pooler_output", None)
+    features = features_in(output)
     if isinstance(features, Tensor):
         return [features.shape[1]] * features.shape[0] if features.dim() == 3 else None
     if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):

@@ -1,6 +1,6 @@
 """The parts of ``generate`` that are methods, not modules: wrapped on the instance, and taken off again.
 
-``prepare_inputs_for_generation`` builds 4-D masks for caches of fixed size before any hook runs, outside the compiled
+What prepares the inputs of a step builds 4-D masks for caches of fixed size before any hook runs, outside the compiled
 graph; there the translation from logical to physical columns has to happen. Ways of generating that would cut an image
 in two, or that replace the attention cache, are refused.
 """
@@ -8,45 +8,41 @@ in two, or that replace the attention cache, are refused.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtc.dialect.arguments import CACHE, EMBEDS, IDS, MASK, NEW_LENGTH, POSITIONS, Spelling
+from vtc.dialect.caches import has_fixed_size, physical_length
+from vtc.dialect.generation import PREFILL, chunk_size
 from vtc.engine.context import FRAME, PREPARED_MASKS, is_bypassed
-from vtc.engine.lengths import physical_length, slot_map
+from vtc.engine.lengths import slot_map
 
 
 def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]:
-    """Wrap ``prepare_inputs_for_generation`` for caches of fixed size."""
-    signature = inspect.signature(prepare)
+    """Wrap what prepares the inputs of a step, for caches of fixed size."""
+    spelling = Spelling(prepare, "the method that prepares the inputs of a step", (IDS,))
 
     @functools.wraps(prepare)
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        named = bound.arguments
-        extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        get = {**named, **named.get(extra, {})}.get
-        cache = get("past_key_values")
-        if is_bypassed() or not getattr(cache, "is_compileable", False):
+        given = spelling.bind(args, kwargs)
+        cache = given[CACHE]
+        if is_bypassed() or not has_fixed_size(cache):
             return prepare(*args, **kwargs)
-        mask = logical = get("attention_mask")
+        mask = logical = given[MASK]
         if (slots := slot_map(cache)) is not None:
-            ids = get("input_ids") if get("inputs_embeds") is None else get("inputs_embeds")
-            new = get("next_sequence_length") or ids.shape[1]
-            mask = slots.physical_mask(mask, physical_length(cache) + new)
-            if "attention_mask" in signature.parameters:
-                named["attention_mask"] = mask
-            else:
-                named.setdefault(extra, {})["attention_mask"] = mask
+            ids = given[IDS] if given[EMBEDS] is None else given[EMBEDS]
+            new = given[NEW_LENGTH] or ids.shape[1]
+            given[MASK] = mask = slots.physical_mask(mask, physical_length(cache) + new)
         PREPARED_MASKS.set((logical, mask))
-        inputs = prepare(*bound.args, **bound.kwargs)
-        if slots is not None and positions == "compact" and inputs.get("position_ids") is not None:
-            ids: Tensor = inputs["position_ids"]
-            inputs["position_ids"] = ids - slots.dropped.to(ids.device)[:, None]
-            inputs["position_ids"]._vtc_shifted = True
+        inputs = prepare(**given.named)
+        ids = POSITIONS.read(inputs)
+        if slots is not None and positions == "compact" and ids is not None:
+            shifted = ids - slots.dropped.to(ids.device)[:, None]
+            shifted._vtc_shifted = True  # type: ignore[attr-defined]
+            inputs |= {name: shifted for name in POSITIONS.names if name in inputs}
         return inputs
 
     return call
@@ -55,31 +51,32 @@ def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]
 def prefilling(
     prefill: Callable[..., Any], placeholders: frozenset[int], later_turn: Callable[[], None]
 ) -> Callable[..., Any]:
-    """Wrap ``_prefill``: refuse chunks, which hold parts of images; notice a later turn on a pruned cache."""
+    """Wrap what runs the prompt: refuse chunks, which hold parts of images; notice a later turn on a pruned cache."""
 
     @functools.wraps(prefill)
-    def call(input_ids: Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
-        if slot_map(model_kwargs.get("past_key_values")) is not None and not is_bypassed():
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ids, generation_config, model_kwargs = PREFILL.read(prefill, args, kwargs)
+        if slot_map(CACHE.read(model_kwargs)) is not None and not is_bypassed():
             later_turn()
-        size = getattr(generation_config, "prefill_chunk_size", None)
-        if size is not None and not is_bypassed() and any((input_ids == token).any() for token in placeholders):
+        size = chunk_size(generation_config)
+        if size is not None and not is_bypassed() and any((ids == token).any() for token in placeholders):
             raise NotImplementedError(
                 f"prefill_chunk_size={size} would select within chunks, not within images. Prune before the prefill "
                 "instead: model.generate(..., custom_generate=vtc.generate) (transformers with mm_encoder_outputs), "
                 "or leave prefill_chunk_size out."
             )
-        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return prefill(*args, **kwargs)
 
     return call
 
 
 def never_compiled(*args: Any, **kwargs: Any) -> bool:
-    """Stands in for ``_valid_auto_compile_criteria`` where layers store different lengths, which no graph expects."""
+    """Stands in for what decides on compiling decode steps: no graph expects layers that store different lengths."""
     return False
 
 
 def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``generate_batch``."""
+    """Stands in for what generates from a paged cache."""
     raise NotImplementedError(
         "generate_batch (continuous batching) keeps a paged cache that does not know about dropped tokens; use "
         "generate(), or vtc.unpatch(model) first"
@@ -87,7 +84,7 @@ def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
 
 
 def pruning_labels(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``loss_function``: labels lose the columns that the logits lost."""
+    """Wrap the loss: labels lose the columns that the logits lost."""
 
     @functools.wraps(loss)
     def call(*args: Any, **kwargs: Any) -> Any:

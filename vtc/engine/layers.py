@@ -10,25 +10,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import modeling_layers
 
+from vtc.dialect import attention
+from vtc.dialect.arguments import CACHE, HIDDEN, MASK, POSITIONS, ROTARY, Arguments, Role, Spelling
+from vtc.dialect.caches import mask_sizes, physical_length, stored_keys
+from vtc.dialect.masks import (
+    attention_kinds,
+    causal_mask,
+    last_layer_before_reuse,
+    layer_type,
+    shared_layers,
+    window_of,
+)
 from vtc.engine import taps
 from vtc.engine.compaction import Columns
 from vtc.engine.context import FRAME, Frame, is_bypassed
 from vtc.engine.inside import Inside, Passed
-from vtc.engine.lengths import adopt, physical_length, slot_map, stage_of
-from vtc.engine.masks import causal_mask, layer_type, window_of
+from vtc.engine.lengths import adopt, slot_map, stage_of
 from vtc.methods import Method
 from vtc.methods.base import Stage
 from vtc.models import Parts
-
-# Newer releases checkpoint a layer's forward and leave the hooks outside; older ones its __call__.
-_CHECKPOINTS_HOOKS = "__call__" in modeling_layers.GradientCheckpointingLayer.__dict__
 
 
 class LayerStages:
@@ -44,6 +51,7 @@ class LayerStages:
             if wanted := stage.signals & taps.ROW_SIGNALS:
                 layer = stage.after if stage.attention is None else stage.attention
                 self.row_layers[layer] = self.row_layers.get(layer, frozenset()) | wanted
+        self.reads_positions = parts.reads_positions
         self.transition_layers = frozenset(layer for stage in self.stages for layer in stage.transitions)
 
     def hooks(self) -> list[Callable[[], None]]:
@@ -57,7 +65,8 @@ class LayerStages:
                 hook = functools.partial(self.before_layer, index)
                 undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if index in self.transition_layers:
-                for module in (layer.self_attn, layer.mlp):
+                for module in (attention.self_attention(layer), attention.mlp(layer)):
+                    assert module is not None  # or it was refused
                     undo.append(module.register_forward_hook(self.after_module, with_kwargs=True).remove)
         return undo
 
@@ -79,14 +88,14 @@ class LayerStages:
             return None
         if frame.inside is None:
             return self._later(index, frame, args, kwargs)
-        if layer.training and getattr(layer, "gradient_checkpointing", False) and _CHECKPOINTS_HOOKS:
+        if attention.CHECKPOINTS_HOOKS and attention.is_checkpointed(layer):
             raise NotImplementedError(
                 f"transformers {transformers.__version__} runs hooks again when it recomputes a checkpointed layer: "
                 "tokens would leave twice. Train without gradient checkpointing, update transformers, or use a method "
                 "that drops tokens before the language model"
             )
         inside = frame.inside
-        call = _Call(args, kwargs)
+        call = _Call.of(self.parts.spellings.layers[index], args, kwargs)
         stage = self.stages[inside.stages_done] if inside.stages_done < len(self.stages) else None
         shortened = self._fitted(index, frame, call) if inside.stages_done else call
         if index in self.row_layers:
@@ -96,32 +105,32 @@ class LayerStages:
             shortened = self._fitted(index, frame, call)
         elif shortened is call:
             return None
-        return shortened.args, shortened.kwargs
+        return shortened.args, shortened.keywords
 
     def after_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Score what an attention or MLP module did to each token."""
         if torch.compiler.is_compiling() or is_bypassed() or (frame := FRAME.get()) is None or frame.inside is None:
             return
         inside = frame.inside
-        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        before = attention.hidden_states(args, kwargs)
         after = output[0] if isinstance(output, tuple) else output
         scores = self.method.transition(before.detach(), after.detach(), inside.valid, inside.visual)
         scores = inside.per_token(scores.float())
         inside.transition = scores if inside.transition is None else inside.transition + scores
 
     def deepstack(self, process: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Wrap ``_deepstack_process``: features added after early layers lose the tokens that left by then."""
+        """Wrap what adds features to early layers: those lose the tokens that left by then."""
 
         @functools.wraps(process)
-        def call(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, **kwargs: Any) -> Tensor:
+        def call(hidden: Tensor, where: Tensor, visual_embeds: Tensor, **kwargs: Any) -> Tensor:
             frame = FRAME.get()
             inside = None if frame is None else frame.inside
             if inside is not None and inside.stages_done:
-                present = torch.zeros_like(visual_pos_masks, dtype=torch.int8)
+                present = torch.zeros_like(where, dtype=torch.int8)
                 present = present.scatter_reduce(1, inside.relative, inside.valid.to(torch.int8), "amax").bool()
-                visual_embeds = visual_embeds[present[visual_pos_masks]]
-                visual_pos_masks = visual_pos_masks.gather(1, inside.relative) & inside.valid
-            return process(hidden, visual_pos_masks, visual_embeds, **kwargs)
+                visual_embeds = visual_embeds[present[where]]
+                where = where.gather(1, inside.relative) & inside.valid
+            return process(hidden, where, visual_embeds, **kwargs)
 
         return call
 
@@ -141,9 +150,10 @@ class LayerStages:
                 source = index if stage.attention is None else stage.attention
                 signals[name] = inside.rows[source][name]
         keep, counts = self.method.keep_inside(inside.stages_done, inside.tokens(call.hidden, signals))
-        cache = call.kwargs.get("past_key_values")
+        cache = call[CACHE]
         inside.past, inside.head = self._stored(index, frame, cache)
         holes, hidden = inside.drop(keep, counts, call.hidden)
+        frame.stored[index] = inside.past + inside.index.shape[1]
         inside.stages_done += 1
         inside.history.append(Passed(inside.index, inside.valid, index, inside.alive))
         if (slots := slot_map(cache, index)) is not None:
@@ -171,34 +181,37 @@ class LayerStages:
             aligned = isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (batch, inside.entered)
             return present.sequence(value) if aligned else value
 
-        kwargs = {name: fit(value) for name, value in call.kwargs.items()}
-        rotary = call.kwargs["position_embeddings"]
+        fitted = _Call(call.hidden, tuple(map(fit, call.others)), call.named.copy())
+        for name, value in call.named.named.items():
+            fitted.named.named[name] = fit(value)
+        rotary = call[ROTARY]
         if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
             parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
             inside.rotary[id(rotary)] = present.sequences(*parts)
-        kwargs["position_embeddings"] = inside.rotary[id(rotary)]
-        kwargs["position_ids"] = None
-        kwargs["attention_mask"] = self._mask(index, frame, call)
-        return _Call((call.hidden, *map(fit, call.others)), kwargs)
+        fitted[ROTARY] = inside.rotary[id(rotary)]
+        ids = call[POSITIONS]
+        fitted[POSITIONS] = present.positions(ids) if ids is not None and self.reads_positions else None
+        fitted[MASK] = self._mask(index, frame, call)
+        return fitted
 
     def _mask(self, index: int, frame: Frame, call: _Call) -> Any:
         inside = frame.inside
         assert inside is not None
-        given, cache = call.kwargs.get("attention_mask"), call.kwargs.get("past_key_values")
+        given, cache = call[MASK], call[CACHE]
         kind = layer_type(self.parts.decoder.config, index)
         if kind not in inside.masks:
             if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
                 inside.masks[kind] = self._prepared(index, given, inside, cache)
             else:
                 padding = inside.padding(inside.past, inside.head)
-                inside.masks[kind] = causal_mask(self.parts, index, call.hidden, padding, cache)
+                inside.masks[kind] = causal_mask(self.parts.decoder.config, index, call.hidden, padding, cache)
         return inside.masks[kind]
 
     def _prepared(self, index: int, given: Tensor, inside: Inside, cache: Any) -> Tensor:
         """Prefix-LM: image tokens attend both ways, which only the mask of the first layers tells."""
         kept = inside.relative.shape[1]
         present = Columns(inside.relative, inside.valid)
-        length, offset = (kept, 0) if cache is None else cache.get_mask_sizes(kept, index)
+        length, offset = mask_sizes(cache, kept, index)
         start = inside.starts.get(layer_type(self.parts.decoder.config, index), 0)
         past = physical_length(cache, index) - offset
         new = present.attention(given[..., start : start + inside.entered], 0, length - past)
@@ -215,7 +228,7 @@ class LayerStages:
         inside = frame.inside
         assert inside is not None
         wanted = self.row_layers[index]
-        cache, given = call.kwargs.get("past_key_values"), call.kwargs.get("attention_mask")
+        cache, given = call[CACHE], call[MASK]
         past, head = self._stored(index, frame, cache)
         prepared = None
         if self.parts.builds_masks_early and isinstance(given, Tensor) and given.dim() == 4:
@@ -225,8 +238,9 @@ class LayerStages:
             taps.Rows.of,
             layer,
             call.hidden.detach(),
-            call.kwargs["position_embeddings"],
-            keys=taps.stored_keys(cache, index, past),
+            call[ROTARY],
+            self._positions(call),
+            keys=stored_keys(cache, index, past),
             valid=inside.padding(past, head),
             prepared=prepared,
             window=window_of(self.parts.decoder.config, index),
@@ -250,41 +264,65 @@ class LayerStages:
                 signals["visual_to_text"] = inside.per_image((mean * text).sum(1))
         return {name: signals[name] for name in wanted}
 
+    def _positions(self, call: _Call) -> Tensor | None:
+        """Position ids [B, M] of a call, where layers compute with them."""
+        ids = call[POSITIONS] if self.reads_positions else None
+        return None if ids is None else ids.expand(len(call.hidden), -1)
+
     def _start(self, index: int, inside: Inside, cache: Any, past: int) -> int:
         """Where this call's own keys begin in the mask that a layer gets now."""
         if not inside.stages_done:
             return inside.starts.get(layer_type(self.parts.decoder.config, index), 0)
-        return 0 if cache is None else past - cache.get_mask_sizes(inside.index.shape[1], index)[1]
+        return 0 if cache is None else past - mask_sizes(cache, inside.index.shape[1], index)[1]
 
     # -- after the prefill ----------------------------------------------------------------------------------------
 
     def _later(self, index: int, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decode step or a later turn without images: layers past a stage store other slots than the first."""
-        cache = kwargs.get("past_key_values")
+        cache = CACHE.read(kwargs)
         if (slots := slot_map(cache, index)) is None or slots is slot_map(cache):
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = attention.hidden_states(args, kwargs)
         length = physical_length(cache, index) + hidden.shape[1]
         padding = slots.physical_mask(frame.logical, length)
-        if padding is None and kwargs.get("attention_mask") is None:
+        call = self.parts.spellings.layers[index].bind((), kwargs)
+        if padding is None and call[MASK] is None:
             return None
         key = (stage_of(cache, index), layer_type(self.parts.decoder.config, index))
         if key not in frame.later_masks:
-            frame.later_masks[key] = causal_mask(self.parts, index, hidden, padding, cache)
-        return args, kwargs | {"attention_mask": frame.later_masks[key]}
+            frame.later_masks[key] = causal_mask(self.parts.decoder.config, index, hidden, padding, cache)
+        call[MASK] = frame.later_masks[key]
+        return args, call.named
 
 
+@dataclass
 class _Call:
     """A decoder layer's arguments; hidden states stay positional, since capture hooks read them there."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.kwargs = dict(kwargs)
-        self.hidden: Tensor = args[0] if args else self.kwargs.pop("hidden_states")
-        self.others = args[1:]
+    hidden: Tensor
+    others: tuple[Any, ...]
+    named: Arguments
+
+    @classmethod
+    def of(cls, spelling: Spelling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        named = spelling.bind((), kwargs)
+        if args:
+            return cls(args[0], args[1:], named)
+        return cls(named.pop(HIDDEN), (), named)
+
+    def __getitem__(self, role: Role) -> Any:
+        return self.named[role]
+
+    def __setitem__(self, role: Role, value: Any) -> None:
+        self.named[role] = value
 
     @property
     def args(self) -> tuple[Any, ...]:
         return (self.hidden, *self.others)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return self.named.named
 
 
 def _before(frame: Frame, slots: Any, past: int) -> Tensor | None:
@@ -295,21 +333,18 @@ def _before(frame: Frame, slots: Any, past: int) -> Tensor | None:
 def unfit_for(parts: Parts, stages: Sequence[Stage]) -> str | None:
     """Why tokens cannot leave this language model at these stages, ``None`` if they can."""
     config = parts.decoder.config
-    kinds = getattr(config, "layer_types", None) or []
+    kinds = attention_kinds(config) or []
     if odd := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind or "chunked" in kind}):
         return f"this one has {', '.join(odd)} layers, whose state has no single tokens to leave out"
-    wanted = any(stage.signals & taps.ROW_SIGNALS for stage in stages)
-    attention = getattr(parts.layers[0], "self_attn", None)
-    if wanted and not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj")):
-        return f"its attention ({type(attention).__name__}) has no q_proj and k_proj to recompute rows from"
-    if any(stage.transitions for stage in stages) and not hasattr(parts.layers[0], "mlp"):
-        return "its layers have no mlp to watch"
-    if shared := getattr(config, "num_kv_shared_layers", 0) or 0:
-        own = kinds[: len(parts.layers) - shared]
-        last = min(len(own) - 1 - own[::-1].index(kind) for kind in set(own))
-        if late := [stage.after for stage in stages if stage.after > last]:
-            return (
-                f"its last {shared} layers reuse keys of layer {last}, which would still hold what leaves after layer "
-                f"{late[0]}; stages up to {last} work"
-            )
+    first = attention.self_attention(parts.layers[0])
+    if any(stage.signals & taps.ROW_SIGNALS for stage in stages) and not attention.has_projections(first):
+        return f"its attention ({type(first).__name__}) has no q_proj and k_proj to recompute rows from"
+    if any(stage.transitions for stage in stages) and (first is None or attention.mlp(parts.layers[0]) is None):
+        return "its layers have no attention and mlp to watch"
+    last = last_layer_before_reuse(config, len(parts.layers))
+    if last is not None and (late := [stage.after for stage in stages if stage.after > last]):
+        return (
+            f"its last {shared_layers(config)} layers reuse keys of layer {last}, which would still hold what leaves "
+            f"after layer {late[0]}; stages up to {last} work"
+        )
     return None

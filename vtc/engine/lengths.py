@@ -9,17 +9,16 @@ reports the *logical* length to whoever asks (``generate``, default positions) a
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vtc.dialect.caches import give_ledger, ledger_of
+
 if TYPE_CHECKING:
     from transformers import Cache
-
-_STATE = "_vtc_state"
 
 
 @dataclass
@@ -98,96 +97,64 @@ class SlotMap:
             setattr(self, name, value.index_select(0, index.to(value.device)))
 
 
-class _PrunedCache:
-    """Mixed into the class of a cache that was pruned. Sizes for masks stay physical; the rest is logical."""
+class SlotMaps(dict[int, SlotMap]):
+    """All slot maps of one cache, by the first layer they hold for; a :class:`vtc.dialect.caches.Ledger`."""
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return super().get_seq_length(layer_idx) + slot_map(self, layer_idx).removed  # type: ignore[misc, union-attr]
+    def at(self, layer: int) -> SlotMap:
+        """The one that holds for a layer."""
+        return self[self.first(layer)]
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+    def first(self, layer: int) -> int:
+        """The first layer that stores the same slots."""
+        return max(first for first in self if first <= layer)
 
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        release(self)  # type: ignore[arg-type]
+    def removed(self, layer: int) -> int:
+        """By how many tokens a layer is shorter than the caller believes."""
+        return self.at(layer).removed
 
-    def crop(self, tokens: int) -> None:
-        """Negative: remove that many tokens from the end; positive (old transformers): the length to leave."""
-        length = physical_length(self)  # type: ignore[arg-type]
-        entry: SlotMap = slot_map(self)  # type: ignore[assignment]
-        remove = -tokens if tokens <= 0 else length + entry.removed - tokens
-        inside = remove - (length - entry.physical)  # columns of the pruned prompt itself
-        if inside > 0:
-            if not all(slots.ends_whole(inside) for slots in _maps(self).values()):
-                raise ValueError(
-                    f"crop would remove {remove} tokens, {inside} of them from a prompt that lost visual tokens there; "
-                    "rows lost different ones and cannot be cut together. Start a new cache."
-                )
-            for slots in _maps(self).values():
-                slots.crop(inside)
-        super().crop(-max(remove, 0))  # type: ignore[misc]
+    def rows(self, index: Tensor) -> None:
+        """Reorder, repeat or select rows, as the cache did to its keys."""
+        for slots in self.values():
+            slots.rows(index)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        _rows(self, beam_idx)
+    def repeat(self, times: int) -> None:
+        """Every row stands there several times now."""
+        self.rows(torch.arange(len(self[0].columns)).repeat_interleave(times))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        batch = slot_map(self).columns.shape[0]  # type: ignore[union-attr]
-        _rows(self, torch.arange(batch).repeat_interleave(repeats))
+    def forget(self, tokens: int, stored: int) -> None:
+        """The last ``tokens`` tokens go from the cache, whose first layer stores ``stored``.
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        _rows(self, indices)
-
-
-def _maps(cache: Any) -> dict[int, SlotMap]:
-    return getattr(cache, _STATE)
-
-
-def _rows(cache: Any, index: Tensor) -> None:
-    for slots in _maps(cache).values():
-        slots.rows(index)
-
-
-@functools.cache
-def _pruned(cls: type) -> type:
-    return type(f"VTC{cls.__name__}", (_PrunedCache, cls), {"__module__": __name__})
+        Raises:
+            ValueError: rows dropped different ones of them and cannot be cut together.
+        """
+        inside = tokens - (stored - self[0].physical)  # columns of the pruned prompt itself
+        if inside <= 0:
+            return
+        if not all(slots.ends_whole(inside) for slots in self.values()):
+            raise ValueError(
+                f"crop would remove {tokens} tokens, {inside} of them from a prompt that lost visual tokens there; "
+                "rows lost different ones and cannot be cut together. Start a new cache."
+            )
+        for slots in self.values():
+            slots.crop(inside)
 
 
 def adopt(cache: Cache, batch: int, device: torch.device, layer: int = 0) -> SlotMap:
-    """The slot map that begins at ``layer``, made on first use: swaps the cache's class for its pruned subclass."""
-    if slot_map(cache) is None:
-        setattr(cache, _STATE, {0: SlotMap.empty(batch, device)})
-        cache.__class__ = _pruned(type(cache))
-    maps = _maps(cache)
+    """The slot map that begins at ``layer``, made on first use: the cache becomes a pruned one."""
+    if (maps := ledger_of(cache)) is None:
+        maps = SlotMaps({0: SlotMap.empty(batch, device)})
+        give_ledger(cache, maps)
     if layer not in maps:  # up to now this layer stored what the one before it did
-        maps[layer] = dataclasses.replace(slot_map(cache, layer))  # type: ignore[type-var]
+        maps[layer] = dataclasses.replace(maps.at(layer))
     return maps[layer]
-
-
-def release(cache: Cache) -> None:
-    """Make the cache an ordinary one again (it must be empty)."""
-    if slot_map(cache) is not None:
-        delattr(cache, _STATE)
-        cache.__class__ = type(cache).__mro__[2]
 
 
 def slot_map(cache: Any, layer: int = 0) -> SlotMap | None:
     """The slot map that holds for ``layer`` of a cache that was pruned, else ``None``."""
-    maps: dict[int, SlotMap] | None = getattr(cache, _STATE, None)
-    return None if maps is None else maps[max(first for first in maps if first <= layer)]
+    maps: SlotMaps | None = ledger_of(cache)
+    return None if maps is None else maps.at(layer)
 
 
 def stage_of(cache: Any, layer: int) -> int:
     """The first layer that stores the same slots as ``layer`` in a cache that was pruned."""
-    return max(first for first in _maps(cache) if first <= layer)
-
-
-def physical_length(cache: Cache | None, layer: int = 0) -> int:
-    """Tokens that ``layer`` really stored (layer 0: the first attention layer)."""
-    if cache is None:
-        return 0
-    if slot_map(cache) is not None:
-        return int(cache.get_query_offset(layer))
-    return int(cache.get_seq_length(layer))
+    return ledger_of(cache).first(layer)

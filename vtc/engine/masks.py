@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
 
+from vtc.dialect.caches import mask_sizes
+from vtc.dialect.masks import attention_kinds
 from vtc.engine.compaction import Compaction
 from vtc.models import Parts
 
@@ -32,7 +33,7 @@ def shortened(parts: Parts, mask: Any, before: Tensor | None, compact: Compactio
         return padding
     if not isinstance(mask, dict):
         return _prepared(parts, mask, padding, compact, cache, past, layer=0)
-    types = parts.decoder.config.layer_types
+    types = attention_kinds(parts.decoder.config) or []
     return {kind: _prepared(parts, one, padding, compact, cache, past, types.index(kind)) for kind, one in mask.items()}
 
 
@@ -62,36 +63,8 @@ def _prepared(
         return None
     if parts.flash or (mask is not None and mask.dim() == 2):
         return padding
-    length, offset = (compact.length, 0) if cache is None else cache.get_mask_sizes(compact.length, layer)
+    length, offset = mask_sizes(cache, compact.length, layer)
     if mask is None:  # plainly causal so far; the holes need a mask
         seen = past - offset
         mask = compact.keep.new_ones(1, 1, compact.width, seen + compact.width).tril(seen)
     return compact.attention(mask, past - offset, length)
-
-
-def layer_type(config: Any, index: int) -> str | None:
-    """The kind of attention of one layer, where the config tells."""
-    types = getattr(config, "layer_types", None)
-    return None if types is None else types[index]
-
-
-def window_of(config: Any, index: int) -> int | None:
-    """How far a layer looks back, ``None`` if all the way."""
-    window = getattr(config, "sliding_window", None)
-    kind = layer_type(config, index)
-    return window if kind is None or "sliding" in kind else None
-
-
-def causal_mask(parts: Parts, index: int, hidden: Tensor, padding: Tensor | None, cache: Any) -> Any:
-    """What transformers would build for this layer if its cache were all there is."""
-    config = parts.decoder.config
-    sliding = window_of(config, index) is not None
-    build = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
-    return build(
-        config=config,
-        inputs_embeds=hidden,
-        attention_mask=padding,
-        past_key_values=cache,
-        position_ids=None,
-        layer_idx=index,
-    )

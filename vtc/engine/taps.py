@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtc.dialect import attention as inner
 from vtc.engine.context import cls_rows
 from vtc.ops.gather import gather_columns
 from vtc.ops.scores import row_attention
@@ -21,7 +18,7 @@ def cls_row(attention: nn.Module, hidden: Tensor) -> Tensor:
     """Head-averaged softmax attention of the CLS token (index 0) to the patches.
 
     Args:
-        attention: a vision self-attention module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+        attention: a vision self-attention module with projections for queries and keys.
         hidden: [pictures, 1 + patches, width], the module's input.
 
     Returns:
@@ -37,32 +34,22 @@ def cls_logit_row(attention: nn.Module, hidden: Tensor) -> Tensor:
 
 def _cls_scores(attention: nn.Module, hidden: Tensor) -> Tensor:
     """float32 [pictures, heads, 1 + patches]."""
-    heads = attention.num_heads
-
-    def project(x: Tensor, side: str) -> Tensor:
-        y = getattr(attention, f"{side}_proj")(x)
-        norm = getattr(attention, f"{side}_norm", None)  # InternViT normalises q and k
-        y = y if norm is None else norm(y)
-        return y.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    query, key = project(hidden[:, :1], "q"), project(hidden, "k")
-    return (query @ key.transpose(2, 3)).float()[:, :, 0] * attention.scale
+    query, key = (inner.project_in_tower(attention, x, side) for x, side in ((hidden[:, :1], "q"), (hidden, "k")))
+    return (query @ key.transpose(2, 3)).float()[:, :, 0] * inner.scaling_in_tower(attention)
 
 
 def tap_cls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a vision self-attention: leave the CLS row with whoever is recording."""
     if torch.compiler.is_compiling() or (rows := cls_rows()) is None:
         return
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    rows.append(cls_row(module, hidden.detach()))
+    rows.append(cls_row(module, inner.hidden_states(args, kwargs).detach()))
 
 
 def tap_cls_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same for the logits."""
     if torch.compiler.is_compiling() or (rows := cls_rows()) is None:
         return
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    rows.logits.append(cls_logit_row(module, hidden.detach()))
+    rows.logits.append(cls_logit_row(module, inner.hidden_states(args, kwargs).detach()))
 
 
 CLS_TAPS = {"cls": tap_cls, "cls_logits": tap_cls_logits}
@@ -103,6 +90,7 @@ class Rows:
         layer: nn.Module,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
+        positions: Tensor | None,
         which: Tensor,
         longest: int,
         *,
@@ -117,6 +105,7 @@ class Rows:
             layer: the decoder layer.
             hidden: [B, M, d], what enters it.
             rotary: cos and sin of the M columns, as the layer gets them.
+            positions: LongTensor [B, M] for layers that compute with position ids, else ``None``.
             which: bool [B, M], the rows wanted.
             longest: the most rows any sample wants (host integer).
             keys: [B, Hkv, P, dh], keys stored before, after RoPE, or ``None``.
@@ -124,13 +113,16 @@ class Rows:
             prepared: 4-D mask over the M columns to obey instead of causality (prefix-LM families).
             window: how many keys back the layer looks, ``None`` for all.
         """
-        attention = layer.self_attn
+        attention = inner.self_attention(layer)
+        assert attention is not None
         index = which.to(torch.int8).argsort(dim=1, stable=True)[:, -max(1, longest) :]
-        x = layer.input_layernorm(hidden)
+        x = inner.norm(layer, hidden)
         cos, sin = (part.expand(len(x), -1, -1) for part in rotary)
         rows, row_cos, row_sin = gather_columns((x, cos, sin), index)
-        query = _rotate(attention, _heads(attention, rows, "q"), row_cos, row_sin)
-        key = _rotate(attention, _heads(attention, x, "k"), cos, sin)
+        query = inner.rotate(attention, inner.project(attention, rows, "q"), row_cos, row_sin)
+        if positions is not None:
+            query = inner.scale_by_position(attention, query, positions.gather(1, index))
+        key = inner.rotate(attention, inner.project(attention, x, "k"), cos, sin)
         past = 0 if keys is None else keys.shape[2]
         if keys is not None:
             key = torch.cat([keys.to(key.dtype), key], dim=2)
@@ -161,40 +153,12 @@ class Rows:
         weights = row_attention(
             self.query[:, :, rows],
             self.key,
-            self.attention.scaling,
+            inner.scaling(self.attention),
             position=position,
             counted=counted,
             mask=self.valid,
             allowed=None if self.allowed is None else self.allowed[:, rows],
             window=self.window if self.allowed is None else None,
-            cap=getattr(self.attention, "attn_logit_softcapping", None),
+            cap=inner.softcap(self.attention),
         )
         return weights[:, self.past :]
-
-
-def stored_keys(cache: Any, index: int, past: int) -> Tensor | None:
-    """Keys of one layer that were stored before this call, [B, Hkv, P, dh]."""
-    if not past:
-        return None
-    return cache.layers[index].keys[:, :, :past]
-
-
-def _heads(attention: nn.Module, x: Tensor, side: str) -> Tensor:
-    """[B, T, d] → [B, heads, T, dh], normalised where the family does that, before RoPE."""
-    y = getattr(attention, f"{side}_proj")(x).unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{side}_norm", None)
-    return (y if norm is None else norm(y)).transpose(1, 2)
-
-
-def _rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The family's own rotary embedding, found where its attention was defined."""
-    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    if _rotates_pairs(apply):
-        return apply(x, x[:, :0], cos, sin)[0]  # keys of no head: only one of the two is wanted
-    return apply(x, cos, sin)
-
-
-@functools.cache
-def _rotates_pairs(apply: Callable[..., Any]) -> bool:
-    """Whether it wants queries and keys together."""
-    return {"q", "k"} <= inspect.signature(apply).parameters.keys()

@@ -8,7 +8,6 @@ family gets a subclass only for what truly differs: a CLS row, a thumbnail, newl
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vtc.dialect import attention, modules
+from vtc.dialect.modules import Spellings
+from vtc.errors import UnsupportedModelError
 from vtc.methods.base import ModelFacts
 from vtc.tokens import Layout
 
 MODALITIES = ("image", "video")
 CLS_SIGNALS = ("cls", "cls_logits")
 """Attention of the vision tower's CLS token to the patches, averaged over heads, after and before the softmax."""
-
-
-class UnsupportedModelError(ValueError):
-    """The model cannot be pruned; the message says why and what would work."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,14 @@ class Parts:
         base: encodes images, embeds ids, merges both, calls the decoder (``root.model`` as a rule).
         decoder: the language model, which sees embeddings.
         placeholders: token id by modality.
+        spellings: what their arguments are called.
     """
 
     root: nn.Module
     base: nn.Module
     decoder: nn.Module
     placeholders: Mapping[str, int]
+    spellings: Spellings
 
     @property
     def config(self) -> Any:
@@ -55,24 +55,32 @@ class Parts:
     @property
     def vision_tower(self) -> str:
         """The class that encodes images, for messages."""
-        names = ("vision_tower", "image_tower", "visual", "vision_model")
-        towers = (getattr(self.base, name, None) for name in names)
-        return next((type(tower).__name__ for tower in towers if tower is not None), "unknown")
+        return modules.vision_tower(self.base)
 
     @property
     def rotates_in_3d(self) -> bool:
         """Multimodal RoPE: positions are (time, height, width) triples."""
-        return "mrope_section" in str(getattr(self.decoder.config, "rope_parameters", None))
+        return modules.rotates_in_3d(self.decoder.config)
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation of the language model (now: it can be switched at any time)."""
+        return modules.attention_of(self.decoder.config)
 
     @property
     def flash(self) -> bool:
-        """The language model attends through a flash_attention package (now: it can be switched at any time)."""
-        return "flash" in str(self.decoder.config._attn_implementation)
+        """The language model attends through a flash_attention package."""
+        return "flash" in self.attention
 
     @property
     def builds_masks_early(self) -> bool:
         """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
-        return hasattr(type(self.root), "create_masks_for_generate")
+        return modules.builds_masks_early(self.root)
+
+    @property
+    def reads_positions(self) -> bool:
+        """Some decoder layer computes with position ids, not only with rotary embeddings."""
+        return any(attention.reads_positions(layer) for layer in self.layers)
 
 
 class ModelFamily(str):
@@ -120,7 +128,7 @@ class Adapter:
 
     def placeholders(self, config: Any) -> dict[str, int]:
         """The token id, by modality, that features are written into."""
-        ids = {modality: getattr(config, f"{modality}_token_id", None) for modality in MODALITIES}
+        ids = {modality: modules.placeholder_id(config, modality) for modality in MODALITIES}
         return {modality: token for modality, token in ids.items() if token is not None}
 
     def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
@@ -216,8 +224,7 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
     Raises:
         UnsupportedModelError: with the reason and what would work.
     """
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = modules.without_adapters(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     adapter = adapter_of(model_type)
@@ -225,28 +232,15 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
     reason = known or next(_violations(model, adapter), None)
     if reason is not None:
         raise UnsupportedModelError(_refusal(model, model_type, reason))
-    base = model.base_model
-    return adapter, Parts(model, base, model.get_decoder(), adapter.placeholders(base.config))
+    base, decoder = modules.base_of(model), modules.decoder_of(model)
+    return adapter, Parts(model, base, decoder, adapter.placeholders(base.config), Spellings.of(base, decoder))
 
 
 def _violations(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     """What keeps a model from the contract that the engine relies on."""
-    if not isinstance(model, nn.Module):
-        yield "it is not a torch.nn.Module"
-        return
-    if not hasattr(model, "base_model") or not hasattr(model, "get_decoder"):
-        yield "it is not a transformers PreTrainedModel"
-        return
-    base, decoder = model.base_model, model.get_decoder()
-    if not hasattr(base, "get_image_features"):
-        yield "it has no get_image_features: it does not encode images"
-    if decoder is None or decoder is base or decoder is model or not hasattr(decoder, "layers"):
-        yield "it has no decoder with layers of its own behind its base model"
-        return
-    if not adapter.placeholders(base.config):
+    yield from modules.violations(model)
+    if not adapter.placeholders(modules.base_of(model).config):
         yield "its config has no image_token_id: visual tokens cannot be told from text"
-    if not len(decoder.layers) or "position_embeddings" not in inspect.signature(decoder.layers[0].forward).parameters:
-        yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"
 
 
 def _refusal(model: Any, model_type: str | None, reason: str) -> str:

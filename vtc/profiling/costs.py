@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from vtc.engine.masks import layer_type, window_of
+from vtc.dialect.masks import layer_type, window_of
 from vtc.models import Parts
 from vtc.profiling.images import TOWERS, Feed, tower_of
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.budget import Keep, share
+from vtc.dialect.modules import set_features
 from vtc.models import resolve
 from vtc.profiling.tasks import batches_of, placed
 
@@ -147,7 +148,7 @@ def _thumbnail(model: Any, processor: Any, keep: Keep, side: int) -> Coarse:
         features = outputs.hidden_states[base.config.vision_feature_layer]
         if base.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
-        outputs.pooler_output = list(base.multi_modal_projector(features))
+        set_features(outputs, list(base.multi_modal_projector(features)))
         return outputs
 
     @contextlib.contextmanager

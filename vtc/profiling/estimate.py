@@ -20,6 +20,7 @@ from torch import nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.dialect.modules import without_adapters
 from vtc.methods import Method
 from vtc.methods.allocate import Allocator
 from vtc.methods.chain import Chain
@@ -348,8 +349,7 @@ def _skeleton(model: Any) -> nn.Module:
     import transformers as tf
 
     if isinstance(model, nn.Module):
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+        model = without_adapters(model)
         resolve(model)
         build, config = type(model), model.config
     else:

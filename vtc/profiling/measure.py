@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.dialect.caches import cache_in, stored_bytes
 from vtc.engine.context import bypassed
 from vtc.methods import Method
 from vtc.models import resolve
@@ -470,14 +471,8 @@ def time_prefill(model: nn.Module, inputs: Inputs) -> Prefill:
         clock.between(start, entered[0]) - before,
         before + after,
         clock.between(entered[0], stop) - after,
-        cache_bytes(outputs.past_key_values),
+        stored_bytes(cache_in(outputs)),
     )
-
-
-def cache_bytes(cache: Any) -> int:
-    """Of all keys and values that a cache holds."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 @contextlib.contextmanager

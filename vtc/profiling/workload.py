@@ -75,11 +75,11 @@ class Workload:
         feed = None
         if processor is None:
             feed = feed_of(parts, Picture(*(self.image or _native(parts))), self.settings)
-        samples = [self._sample(parts, rng, processor, feed) for _ in range(batch)]
+        samples = [self._one_sample(parts, rng, processor, feed) for _ in range(batch)]
         inputs = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
         return {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
 
-    def _sample(self, parts: Parts, rng: torch.Generator, processor: Any, feed: Feed | None) -> dict[str, Tensor]:
+    def _one_sample(self, parts: Parts, rng: torch.Generator, processor: Any, feed: Feed | None) -> dict[str, Tensor]:
         if feed is not None:
             visual = _pixels(parts, feed, rng)
             ids = [*_words(parts, 1, rng), *[parts.placeholders["image"]] * sum(feed.lengths)]

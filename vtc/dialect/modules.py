@@ -1,0 +1,167 @@
+"""The modules of a vision-language model, and how each of them spells what it is called with."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtc.dialect import caches, masks
+from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, HIDDEN, IDS, MASK, POSITIONS, ROTARY, Spelling
+
+_BASE = (IDS, EMBEDS, MASK, CACHE)
+_DECODER = (EMBEDS, MASK, POSITIONS, CACHE)
+_LAYER = (HIDDEN, MASK, ROTARY, CACHE)
+_TOWERS = ("vision_tower", "image_tower", "visual", "vision_model")
+
+
+@dataclass(frozen=True)
+class Spellings:
+    """How the modules of one model spell the roles.
+
+    Attributes:
+        base: of the base model.
+        decoder: of the language model.
+        layers: of each of its layers.
+    """
+
+    base: Spelling
+    decoder: Spelling
+    layers: tuple[Spelling, ...]
+
+    @classmethod
+    def of(cls, base: nn.Module, decoder: nn.Module) -> Spellings:
+        """Look for every role that the engine writes.
+
+        Raises:
+            UnsupportedModelError: one is not there under a name that is known.
+        """
+        caches.check()
+        masks.check()
+        layers = tuple(
+            Spelling(x.forward, f"{type(x).__name__} (layer {i})", _LAYER) for i, x in enumerate(decoder.layers)
+        )
+        return cls(
+            Spelling(base.forward, f"{type(base).__name__}.forward", _BASE),
+            Spelling(decoder.forward, f"{type(decoder).__name__}.forward", _DECODER),
+            layers,
+        )
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def base_of(model: Any) -> nn.Module:
+    """What encodes images, embeds ids, merges both and calls the decoder; the model itself if it is that already."""
+    return model.base_model
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The language model, which sees embeddings."""
+    return model.get_decoder()
+
+
+def violations(model: Any) -> Iterator[str]:
+    """What keeps a model from the build that the engine relies on."""
+    if not isinstance(model, nn.Module):
+        yield "it is not a torch.nn.Module"
+        return
+    if not hasattr(model, "base_model") or not hasattr(model, "get_decoder"):
+        yield "it is not a transformers PreTrainedModel"
+        return
+    base, decoder = base_of(model), decoder_of(model)
+    if encoder_of(base, "image") is None:
+        yield "it has no get_image_features: it does not encode images"
+    if decoder is None or decoder is base or decoder is model or not len(getattr(decoder, "layers", ())):
+        yield "it has no decoder with layers of its own behind its base model"
+        return
+    if Spelling(decoder.layers[0].forward, "").name(ROTARY) is None:
+        yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"
+
+
+def placeholder_id(config: Any, modality: str) -> int | None:
+    """The token that features of a modality are written into, ``None`` if the config names none."""
+    return getattr(config, f"{modality}_token_id", None)
+
+
+def encoder_name(modality: str) -> str:
+    """The base model's method that encodes a modality."""
+    return f"get_{modality}_features"
+
+
+def encoder_of(base: nn.Module, modality: str) -> Any:
+    """That method, ``None`` if the family has no such modality."""
+    return getattr(base, encoder_name(modality), None)
+
+
+def features_in(output: Any) -> Any:
+    """Image features in what that method returned: Tensor [images, n, d], or a list of [n, d]; else ``None``."""
+    return getattr(output, "pooler_output", None)
+
+
+def deep_features_in(output: Any) -> list[Any] | None:
+    """Features for early layers in what that method returned."""
+    return getattr(output, "deepstack_features", None)
+
+
+def encoder_output(like: Any, features: Any, deep: list[Any] | None) -> Any:
+    """An output of that method with other features."""
+    fields = {"pooler_output": features} | ({} if deep is None else {"deepstack_features": deep})
+    return type(like)(**fields)
+
+
+def set_features(output: Any, features: Any) -> None:
+    """Replace the features in an output of that method."""
+    output.pooler_output = features
+
+
+def takes_encoded(base: nn.Module) -> bool:
+    """Whether the base model can be given images that were encoded ahead."""
+    return Spelling(base.forward, "").name(ENCODED) is not None
+
+
+def vision_tower(base: nn.Module) -> str:
+    """The class that encodes images, for messages."""
+    towers = (getattr(base, name, None) for name in _TOWERS)
+    return next((type(tower).__name__ for tower in towers if tower is not None), "unknown")
+
+
+def rotates_in_3d(config: Any) -> bool:
+    """Multimodal RoPE: positions are (time, height, width) triples."""
+    return "mrope_section" in str(getattr(config, "rope_parameters", None))
+
+
+def attention_of(config: Any) -> str:
+    """The attention implementation a config asks for (now: it can be switched at any time)."""
+    return str(getattr(config, "_attn_implementation", None))
+
+
+def builds_masks_early(root: nn.Module) -> bool:
+    """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
+    return hasattr(type(root), "create_masks_for_generate")
+
+
+def default_use_cache(config: Any) -> bool:
+    """Whether a decoder fills a cache when the caller does not say."""
+    return bool(getattr(config, "use_cache", True))
+
+
+def embedding_of(base: Any, token: Tensor) -> Tensor:
+    """The row of the embedding table of one token id."""
+    return base.get_input_embeddings()(token)
+
+
+def defining_module(module: nn.Module) -> Any:
+    """The Python module that defines a module's class: families keep helper functions beside it."""
+    return sys.modules[type(module).__module__]
+
+
+def parameters_of(function: Any) -> list[str]:
+    """Names of a function's arguments."""
+    return list(inspect.signature(function).parameters)
