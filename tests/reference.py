@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from release import CACHE
 from torch import Tensor
 
 # What the base model also passes on and what does not depend on the columns.
-_INDIFFERENT = {"input_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "labels"}
+_INDIFFERENT = {"input_ids", CACHE, "use_cache", "return_dict", "logits_to_keep", "labels"}
 _INDIFFERENT |= {"output_attentions", "output_hidden_states", "output_router_logits", "pixel_values"}
 
 
@@ -214,7 +215,7 @@ def _logits(model: Any, call: dict[str, Any], stream: _Stream) -> Tensor:
     """Run the decoder and the head over the whole stream."""
     inputs = {key: value for key, value in call.items() if key in _INDIFFERENT}
     inputs |= {"inputs_embeds": stream.embeds, "position_ids": stream.positions}
-    inputs |= {"past_key_values": None, "use_cache": False, "logits_to_keep": 0}
+    inputs |= {CACHE: None, "use_cache": False, "logits_to_keep": 0}
     inputs["attention_mask"] = _mask_argument(model, stream)
     if stream.visual is not None:
         inputs |= {"visual_pos_masks": stream.visual, "deepstack_visual_embeds": list(stream.deepstack)}

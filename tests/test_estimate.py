@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 import zoo
 from PIL import Image
+from release import CACHE
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -129,11 +130,11 @@ def test_decode_flops_and_cache_are_those_of_a_real_step(name):
     decoder = Decoder.of(parts.decoder, model)
     sample = zoo.make_batch(name, (1, 1), padding="none").samples[1]
     tokens = [sample["input_ids"].shape[1]] * len(decoder.layers)
-    cache = model(**sample, use_cache=True, logits_to_keep=1).past_key_values
+    cache = getattr(model(**sample, use_cache=True, logits_to_keep=1), CACHE)
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert decoder.cache_bytes(tokens) == 2 * numbers
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.tensor([[30]]), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([[30]]), use_cache=True, **{CACHE: cache})
     # some releases turn positions into angles by a product, which is not counted
     assert decoder.decode(tokens).flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
 

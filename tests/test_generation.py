@@ -14,15 +14,16 @@ import pytest
 import torch
 import transformers
 from flash import flash_attention
+from release import CACHE, OLD, checkpointing
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
 import vtc
 from vtc.dialect.caches import physical_length
 from vtc.engine.lengths import slot_map
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 SOME = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "paligemma")
 ONE_D = tuple(name for name in SOME if FAMILIES[name].one_dim)
 
@@ -76,6 +77,22 @@ def test_assisted_decoding_is_greedy_decoding(family: str) -> None:
         assert torch.equal(generate(model, batch), generate(model, batch, prompt_lookup_num_tokens=3))
 
 
+@pytest.mark.parametrize("family", SOME)
+def test_assisted_decoding_with_a_static_cache(family: str) -> None:
+    """5.24 taught static caches to be cropped; before, `generate` refused them."""
+    model, batch = prepared(family, images_per_sample=(2,))
+    batch["input_ids"][:, -6:] = batch["input_ids"][:, -3:].repeat(1, 2)
+    # One of our own: the cache that 5.24 makes from "static" has no room for the candidates of the last step.
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
+    with vtc.patch(model, "divprune", keep=0.5):
+        expected = generate(model, batch)
+        if not hasattr(StaticLayer, "crop"):
+            with pytest.raises(ValueError, match="not supported with Static cache"):
+                generate(model, batch, prompt_lookup_num_tokens=3, **{CACHE: cache})
+            return
+        assert torch.equal(generate(model, batch, prompt_lookup_num_tokens=3, **{CACHE: cache}), expected)
+
+
 # ------------------------------------------------------------------------------------------------- several turns
 
 
@@ -107,12 +124,12 @@ def test_a_second_turn_continues_the_cache(family: str, padding: str, kind: str,
     config = model.config.get_text_config()
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=160)
     with vtc.patch(model, "divprune", keep=0.5, positions=positions):
-        first = generate(model, batch, past_key_values=cache)
+        first = generate(model, batch, **{CACHE: cache})
         whole, text = second_turn(batch, first)
         if family == "paligemma":  # its prefix attends both ways: what comes later must be told to be suffix
             whole["token_type_ids"][:, batch["input_ids"].shape[1] :] = 1
         scratch = generate(model, whole)
-        assert torch.equal(generate(model, text, past_key_values=cache), scratch)
+        assert torch.equal(generate(model, text, **{CACHE: cache}), scratch)
 
 
 @pytest.mark.parametrize("family", [name for name in SOME if name not in ("gemma3", "paligemma")])
@@ -126,9 +143,9 @@ def test_a_second_turn_may_bring_an_image(family: str) -> None:
             both(batch, more)["input_ids"], dict(both(batch, more))
         )
         n = batch["input_ids"].shape[1]
-        model(**batch, past_key_values=cache, position_ids=positions[..., :n])
+        model(**batch, **{CACHE: cache}, position_ids=positions[..., :n])
         mask = torch.ones_like(both(batch, more)["input_ids"])
-        later = model(**more | {"attention_mask": mask}, past_key_values=cache, position_ids=positions[..., n:])
+        later = model(**more | {"attention_mask": mask}, **{CACHE: cache}, position_ids=positions[..., n:])
         at_once = model(**both(batch, more), position_ids=positions)
     torch.testing.assert_close(later.logits[:, -1], at_once.logits[:, -1], rtol=0, atol=1e-4)
 
@@ -147,13 +164,13 @@ def test_a_loop_written_by_hand_needs_no_positions(family: str) -> None:
     model, batch = prepared(family, images_per_sample=(1,))
     with vtc.patch(model, "divprune", keep=0.5), torch.no_grad():
         out = model(**batch, use_cache=True)
-        cache, token, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1), []
+        cache, token, tokens = getattr(out, CACHE), out.logits[:, -1:].argmax(-1), []
         dropped = slot_map(cache).removed
         assert dropped > 0
         assert cache.get_seq_length() == batch["input_ids"].shape[1] == physical_length(cache) + dropped
         if family in ONE_D and family != "paligemma":  # the last ones compute positions from more than the length
             for _ in range(3):
-                out = model(input_ids=token, past_key_values=cache)
+                out = model(input_ids=token, **{CACHE: cache})
                 tokens.append(int(token))
                 token = out.logits[:, -1:].argmax(-1)
             whole = torch.cat([batch["input_ids"], torch.tensor([tokens])], 1)
@@ -171,28 +188,28 @@ def test_a_copied_cache_goes_its_own_way() -> None:
     model, batch = prepared("llava")
     with vtc.patch(model, "divprune", keep=0.5):
         cache = DynamicCache(config=model.config.get_text_config())
-        first = generate(model, batch, past_key_values=cache)
+        first = generate(model, batch, **{CACHE: cache})
         fork = copy.deepcopy(cache)
         _, text = second_turn(batch, first)
-        expected = generate(model, text, past_key_values=cache)
-        assert torch.equal(generate(model, text, past_key_values=fork), expected)
+        expected = generate(model, text, **{CACHE: cache})
+        assert torch.equal(generate(model, text, **{CACHE: fork}), expected)
 
 
 def test_a_reset_cache_is_an_ordinary_one() -> None:
     model, batch = prepared("llava")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
     with vtc.patch(model, "divprune", keep=0.5):
-        once = generate(model, batch, past_key_values=cache)
+        once = generate(model, batch, **{CACHE: cache})
         cache.reset()
         assert type(cache) is StaticCache
         assert slot_map(cache) is None
-        assert torch.equal(generate(model, batch, past_key_values=cache), once)
+        assert torch.equal(generate(model, batch, **{CACHE: cache}), once)
 
 
 def test_crop_refuses_to_cut_what_rows_lost_differently() -> None:
     model, batch = prepared("llava")
     with vtc.patch(model, "divprune", keep=0.5), torch.no_grad():
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = getattr(model(**batch, use_cache=True), CACHE)
         with pytest.raises(ValueError, match="crop would remove 40 tokens"):
             cache.crop(-40)
 
@@ -249,14 +266,14 @@ def test_gradients_do_not_depend_on_checkpointing() -> None:
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     gradients = []
     with vtc.patch(model, "divprune", keep=0.5):
-        for checkpointing in (False, True):
+        for recompute in (False, True):
             model.train()
-            if checkpointing:
-                model.gradient_checkpointing_enable()
+            if recompute:
+                checkpointing(model, True)
             model(**batch, labels=labels).loss.backward()
             gradients.append(model.model.multi_modal_projector.linear_1.weight.grad.clone())
             model.zero_grad()
-        model.gradient_checkpointing_disable()
+        checkpointing(model, False)
         model.eval()
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -288,8 +305,8 @@ def test_flash_attention_sees_the_same(family: str, images: tuple[int, ...], cac
         assert str(p.last_keep) == str(keep)
         if len(images) == 1 and not cache:  # a later turn of several tokens is where packing would forget the cache
             whole, text = second_turn(batch, expected)
-            history = generate(model, batch, return_dict_in_generate=True).past_key_values
-            assert torch.equal(generate(model, text, past_key_values=history), generate(model, whole))
+            history = getattr(generate(model, batch, return_dict_in_generate=True), CACHE)
+            assert torch.equal(generate(model, text, **{CACHE: history}), generate(model, whole))
 
 
 def test_switching_to_flash_attention_under_a_patch_is_refused() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from release import CACHE
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
@@ -390,8 +391,9 @@ def check_keeping_all_is_the_unpatched_model(model: Any, batch: Batch, keep: flo
     assert torch.equal(run.sequences, plain_run.sequences)
     for ours, theirs in zip(run.scores + run.logits, plain_run.scores + plain_run.logits, strict=True):
         assert torch.equal(ours, theirs)
-    assert type(run.past_key_values) is type(plain_run.past_key_values)
-    assert vars(run.past_key_values).keys() == vars(plain_run.past_key_values).keys()
+    ours, theirs = getattr(run, CACHE), getattr(plain_run, CACHE)
+    assert type(ours) is type(theirs)
+    assert vars(ours).keys() == vars(theirs).keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -495,12 +497,12 @@ def check_entry_never_waits(model: Any, batch: Batch, method: vtc.Method, positi
     real, pruned = EntryStage.before_decoder, []
 
     def twice(self: EntryStage, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        cache, frame, last = kwargs.get("past_key_values"), context.FRAME.get(), self.last
-        call = on_device({k: v for k, v in kwargs.items() if k != "past_key_values"})
+        cache, frame, last = kwargs.get(CACHE), context.FRAME.get(), self.last
+        call = on_device({k: v for k, v in kwargs.items() if k != CACHE})
         token = context.FRAME.set(device_frame(frame))
         try:
             with NoBlockingCopies():
-                call = real(self, decoder, args, call | {"past_key_values": device_cache(cache)})[1]
+                call = real(self, decoder, args, call | {CACHE: device_cache(cache)})[1]
         except (RuntimeError, NotImplementedError) as error:
             raise AssertionError(f"the entry stage waits for the device: {error}") from error
         finally:
@@ -636,7 +638,7 @@ class Loop:
         else:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
             inputs = {"input_ids": torch.tensor(self.tokens[-1])[:, None], "attention_mask": self.mask}
-        logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        logits = self.model(**inputs, **{CACHE: self.cache}, use_cache=True).logits[:, -1]
         logits[:, GREEDY["suppress_tokens"]] = -math.inf
         self.tokens.append(logits.argmax(-1).tolist())
 

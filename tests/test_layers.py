@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers
 from flash import flash_attention
+from release import CACHE, OLD, checkpointing
 from test_generation import generate, prepared, second_turn
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -28,7 +28,6 @@ from vtc.dialect.caches import physical_length
 from vtc.methods.base import Stage, register_method
 from vtc.tokens import InsideTokens, VisualTokens
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 FITTING = [name for name in FAMILIES if name != "qwen3_5"]  # its linear attention keeps no single tokens
 SHORT_WINDOWS = ("gemma3_window8", "gemma4", "gemma4_bidirectional")
 SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "mistral3"]
@@ -230,7 +229,7 @@ def test_layers_store_what_they_saw(family: str) -> None:
     n = batch["input_ids"].shape[1]
     visual = sum(map(len, batch.images[0]))
     with vtc.patch(model, EveryOther(after=(1, 2))) as p, torch.no_grad():
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = getattr(model(**batch, use_cache=True), CACHE)
         depth = len(model.get_decoder().layers)
         half, quarter = visual - (visual + 1) // 2, visual - ((visual + 1) // 2 + 1) // 2
         stored = [physical_length(cache, layer) for layer in range(depth)]
@@ -249,11 +248,11 @@ def test_a_second_turn_continues_every_layer(family: str, padding: str, kind: st
     config = model.config.get_text_config()
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=160)
     with vtc.patch(model, EveryOther(after=(1, 2), entry=True)):
-        first = generate(model, batch, past_key_values=cache)
+        first = generate(model, batch, **{CACHE: cache})
         whole, text = second_turn(batch, first)
         if family == "paligemma":
             whole["token_type_ids"][:, batch["input_ids"].shape[1] :] = 1
-        assert torch.equal(generate(model, text, past_key_values=cache), generate(model, whole))
+        assert torch.equal(generate(model, text, **{CACHE: cache}), generate(model, whole))
 
 
 @pytest.mark.parametrize("family", ["llava", "mistral3", "qwen2_5_vl"])
@@ -269,9 +268,9 @@ def test_a_second_turn_may_bring_an_image(family: str) -> None:
     with vtc.patch(model, EveryOther(after=(1, 2), entry=True)) as p, torch.no_grad():
         positions = p.model._prepare_position_ids_for_generation(joined["input_ids"], dict(joined))
         cache = DynamicCache(config=model.config.get_text_config())
-        model(**batch, past_key_values=cache, position_ids=positions[..., :n])
+        model(**batch, **{CACHE: cache}, position_ids=positions[..., :n])
         mask = torch.ones_like(joined["input_ids"])
-        later = model(**more | {"attention_mask": mask}, past_key_values=cache, position_ids=positions[..., n:])
+        later = model(**more | {"attention_mask": mask}, **{CACHE: cache}, position_ids=positions[..., n:])
         at_once = model(**joined, position_ids=positions)
     torch.testing.assert_close(later.logits[:, -1], at_once.logits[:, -1], rtol=0, atol=1e-4)
 
@@ -287,7 +286,7 @@ def test_a_call_after_a_cached_one_needs_no_mask() -> None:
             for turn in (1, 2):
                 mask = {"attention_mask": batch["input_ids"].new_ones(2, turn * length)} if masked else {}
                 inputs = {name: value for name, value in batch.items() if name != "attention_mask"} | mask
-                logits = model(**inputs, past_key_values=cache).logits
+                logits = model(**inputs, **{CACHE: cache}).logits
             results.append((logits, SEEN[seen:]))
     (expected, heard), (got, also) = results
     torch.testing.assert_close(got, expected)
@@ -333,12 +332,12 @@ def test_gradients_flow_with_and_without_checkpointing() -> None:
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     gradients = []
     with vtc.patch(model, EveryOther(after=(1,))):
-        for checkpointing in (False, True):
+        for recompute in (False, True):
             model.train()
-            if checkpointing:
-                model.gradient_checkpointing_enable()
+            if recompute:
+                checkpointing(model, True)
             try:
-                if checkpointing and CHECKPOINTS_HOOKS:
+                if recompute and CHECKPOINTS_HOOKS:
                     with pytest.raises(NotImplementedError, match="tokens would leave twice"):
                         model(**batch, labels=labels)
                     return
@@ -346,7 +345,7 @@ def test_gradients_flow_with_and_without_checkpointing() -> None:
                 gradients.append(model.model.multi_modal_projector.linear_1.weight.grad.clone())
             finally:
                 model.zero_grad()
-                model.gradient_checkpointing_disable()
+                checkpointing(model, False)
                 model.eval()
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1])

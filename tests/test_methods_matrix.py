@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from flash import flash_attention
+from release import CACHE, OLD
 from test_layers import blind
 from torch import Tensor
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
@@ -21,7 +21,6 @@ from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 import vtc
 from vtc.models import resolve
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 SCHEDULE: dict[str, Any] = {"layers": (1, 2), "ratios": (0.6, 0.3)}  # the zoo's models are too shallow for the default
 HYBRID = "qwen3_5"
 PREFIX_LM = ("gemma3", "gemma3_window8", "gemma4", "gemma4_bidirectional", "paligemma")
@@ -173,15 +172,16 @@ def test_query_aware_methods_warn_once_in_a_later_turn() -> None:
     from transformers import DynamicCache
 
     model, batch = prepared("llava")
+    earlier = "chose by the earlier question"
     for method, warns in ((vtc.TransPrune(**SCHEDULE), True), (vtc.DivPrune(keep=0.5), False)):
         cache = DynamicCache(config=model.config.get_text_config())
-        with vtc.patch(model, method), pytest.warns() if warns else nothing() as seen:
-            first = generate(model, batch, past_key_values=cache)
+        with vtc.patch(model, method), pytest.warns(UserWarning, match=earlier) if warns else nothing() as seen:
+            first = generate(model, batch, **{CACHE: cache})
             _, text = second_turn(batch, first)
-            second = generate(model, text, past_key_values=cache)
+            second = generate(model, text, **{CACHE: cache})
             third = second_turn(batch, second)[1]
-            generate(model, third, past_key_values=cache)
-        told = [w for w in seen or [] if "chose by the earlier question" in str(w.message)]
+            generate(model, third, **{CACHE: cache})
+        told = [w for w in seen or [] if earlier in str(w.message)]
         assert len(told) == warns
         if warns:
             assert "of 48 visual tokens are gone" in str(told[0].message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -104,10 +105,12 @@ def by_hand(model: Any, inputs: dict[str, Tensor], columns: Tensor) -> Tensor:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     batch = min(1, positions.dim() - 2)  # [B, N], or [3, B, N]
     positions = positions[..., :1, :] if batch >= 0 else positions
+    # renamed in transformers 5.24
+    cache = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
     hidden = decoder(
         inputs_embeds=embeds[:, columns],
         position_ids=positions[..., columns],
-        past_key_values=DynamicCache(config=decoder.config),  # with a cache, gaps are gaps and not packed prompts
+        **{cache: DynamicCache(config=decoder.config)},  # with a cache, gaps are gaps and not packed prompts
         use_cache=True,
     )[0]
     return model.get_output_embeddings()(hidden[:, -1])[0]

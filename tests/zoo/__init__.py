@@ -6,7 +6,7 @@
 
 `batch` is the dict of model inputs. It also carries what a test needs to check the result: `batch.samples`, every
 sample alone and unpadded, and `batch.images`, where each image's visual tokens stand in its sample.
-Works without the hub, torchvision or processors, in transformers 5.17 to 5.23.
+Works without the hub, torchvision or processors, in transformers 5.17 to 5.24.
 """
 
 from __future__ import annotations

@@ -127,11 +127,14 @@ def llava_pixtral() -> tf.PreTrainedModel:
 
 
 def vipllava() -> tf.PreTrainedModel:
+    # 5.17 knows the plural, 5.23 both, and 5.25 is to drop the plural where it is an argument.
+    plural, singular = "vision_feature_layers", "vision_feature_layer"
+    layers = singular if hasattr(tf.VipLlavaConfig(), singular) else plural
     config = tf.VipLlavaConfig(
         vision_config=_clip(),
         text_config=tf.LlamaConfig(**_text()),
         image_token_index=IMAGE,
-        vision_feature_layers=[-2, -3, 1],  # the name that both releases understand
+        **{layers: [-2, -3, 1]},
         image_seq_length=16,
     )
     return _finish(tf.VipLlavaForConditionalGeneration, config)
