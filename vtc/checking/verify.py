@@ -253,10 +253,17 @@ class _Verifier:
         return Check(name, verdict, difference, tolerance, *counts, note)
 
     def _comparable_steps(self, run: _Run) -> int:
-        """Windows count stored tokens once decoding begins: with one that is too short, the first token only."""
-        longest = run.inputs[IDS].shape[1] + self.new_tokens
-        window = getattr(self.parts.root.config.get_text_config(), SLIDING_WINDOW, None) or longest
-        return 1 if run.use_cache and self.parts.builds_masks_early and window < longest else self.new_tokens
+        """Windows count stored tokens once decoding begins: where one reaches back to an image, the first token only."""
+        window = getattr(self.parts.root.config.get_text_config(), SLIDING_WINDOW, None)
+        if not run.use_cache or not self.parts.builds_masks_early or window is None:
+            return self.new_tokens
+        for each in run.samples:
+            visual = byhand.visual_columns(self.parts, each.inputs, each.row)
+            if len(visual) and each.inputs[IDS].shape[1] - int(visual[-1]) <= window:
+                first = int(byhand.columns_of(each.inputs, each.row)[0])
+                if each.inputs[IDS].shape[1] + self.new_tokens - first > window:
+                    return 1
+        return self.new_tokens
 
     def _unchanged(self, inputs: Inputs, before: Tensor | Exception) -> Check:
         name, after = "unpruned, before and after", _attempt(lambda: self._generate(inputs, True).logits)
@@ -269,7 +276,9 @@ class _Verifier:
         return self._judge(name, after, before, "not bit for bit: this device is not deterministic")
 
 
-_SHORT_WINDOW = "first token only: the sliding window is shorter than the prompt (see the README, limits)"
+_SHORT_WINDOW = (
+    "first token only: a sliding window that is shorter than the prompt reaches back to the image (README, limits)"
+)
 
 
 def _same_kept(kept: Sequence[list[list[Tensor]]]) -> Check:
