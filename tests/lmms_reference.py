@@ -6,7 +6,7 @@ from lmms_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from zoo import models
+from zoo import models, parts
 
 import vtc
 import vtc_tinyvlm
@@ -50,9 +50,9 @@ def own_answers(method):
 
 
 def write_tiny_qwen(folder):
-    words = [f"w{i}" for i in range(models.VOCAB)]
-    special = {"<|endoftext|>": models.PAD, "<|im_end|>": models.EOS, "<unk>": 3, "<|image_pad|>": models.IMAGE}
-    special |= {"<|video_pad|>": models.VIDEO, "<|vision_start|>": models.START, "<|vision_end|>": models.END}
+    words = [f"w{i}" for i in range(parts.VOCAB)]
+    special = {"<|endoftext|>": parts.PAD, "<|im_end|>": parts.EOS, "<unk>": 3, "<|image_pad|>": parts.IMAGE}
+    special |= {"<|video_pad|>": parts.VIDEO, "<|vision_start|>": parts.START, "<|vision_end|>": parts.END}
     for word, index in special.items():
         words[index] = word
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

@@ -19,7 +19,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 from zoo import FAMILIES, GREEDY, PLACEHOLDERS, Batch, get_model, make_batch
-from zoo import models as zoo_models
+from zoo.parts import FIRST_TEXT
 
 import vtc
 
@@ -415,7 +415,7 @@ def test_nan_tokens_are_no_reason_for_nan_elsewhere() -> None:
 def one_too_few(batch: Batch) -> dict[str, Tensor]:
     ids = batch["input_ids"].clone()
     row, column = (torch.isin(ids, torch.tensor(PLACEHOLDERS))).nonzero()[0]
-    ids[row, column] = zoo_models.FIRST_TEXT
+    ids[row, column] = FIRST_TEXT
     return {**batch, "input_ids": ids}
 
 
@@ -427,7 +427,7 @@ def one_too_many(batch: Batch) -> dict[str, Tensor]:
 
 def no_placeholders(batch: Batch) -> dict[str, Tensor]:
     ids = batch["input_ids"]
-    ids = ids.masked_fill(torch.isin(ids, torch.tensor(PLACEHOLDERS)), zoo_models.FIRST_TEXT)
+    ids = ids.masked_fill(torch.isin(ids, torch.tensor(PLACEHOLDERS)), FIRST_TEXT)
     return {**batch, "input_ids": ids}
 
 

@@ -6,6 +6,7 @@
 """
 
 from vtc import ops
+from vtc.checking.verify import verify
 from vtc.compress import compress_inputs, generate
 from vtc.config import CompressionConfig
 from vtc.methods import Method, list_methods, register_method
@@ -54,4 +55,5 @@ __all__ = [
     "register_method",
     "register_model",
     "unpatch",
+    "verify",
 ]

@@ -20,6 +20,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"vtc: the command line needs {missing.name}: pip install 'visual-token-compression[cli]'")
 
+from vtc.commands.doctor import doctor
 from vtc.commands.estimate import estimate
 from vtc.commands.eval import evaluate
 from vtc.commands.profile import profile
@@ -66,6 +67,7 @@ def _common(
     TRACEBACK.set(traceback)
 
 
+app.command()(doctor)
 app.command()(estimate)
 app.command("eval")(evaluate)
 app.command()(profile)

@@ -146,14 +146,20 @@ def _pixels(parts: Parts, feed: Feed, rng: torch.Generator) -> dict[str, Tensor]
     return {"pixel_values": pixels[None], **arguments}
 
 
-def _words(parts: Parts, count: int, rng: torch.Generator) -> list[int]:
-    """Random ids that mean nothing special."""
-    special = {
+def special_ids(parts: Parts) -> set[int]:
+    """Ids that a model's configs give a meaning of their own: begin, end, padding, placeholders and their like."""
+    values = [
         value
         for config in (parts.root.config, parts.config, parts.decoder.config)
         for name, value in config.to_dict().items()
-        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
-    }
+        if name.endswith(("token_id", "token_index"))
+    ]
+    return {i for value in values for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+
+
+def _words(parts: Parts, count: int, rng: torch.Generator) -> list[int]:
+    """Random ids that mean nothing special."""
+    special = special_ids(parts)
     vocabulary = parts.decoder.config.vocab_size  # tokenizers put what is special at either end of it
     plain = [i for i in range(vocabulary // 4, vocabulary * 3 // 4) if i not in special] or [vocabulary // 2]
     return [plain[i] for i in torch.randint(len(plain), (count,), generator=rng).tolist()]

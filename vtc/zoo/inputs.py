@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .models import BREAK, END, FAKE, IMAGE, ROW, STAMP, START, VIDEO, VIDEO_END, VIDEO_START
+from vtc.zoo.parts import BREAK, END, FAKE, IMAGE, ROW, STAMP, START, VIDEO, VIDEO_END, VIDEO_START
 
 TEXT, IMAGE_KIND, VIDEO_KIND = 0, 1, 2  # the values of mm_token_type_ids
 

@@ -1,110 +1,33 @@
 """Builders: one tiny, randomly initialised model per family.
 
 Every model has a few layers of width 32 to 64, its own kind of vision tower, grouped-query attention where the
-family has it, and weights that make the logits depend on the picture: transformers' default init (std 0.02) gives
-attention so flat that a pruned and an unpruned model agree to three digits, and a test on such a model proves little.
+family has it, and the weights of weights.py.
 """
 
 from __future__ import annotations
 
-import math
-import zlib
-from typing import Any
-
-import torch
 import transformers as tf
-from torch import nn
 
-# One vocabulary for all families: ids below FIRST_TEXT are special and never generated.
-PAD, BOS, EOS, IMAGE, VIDEO, START, END, BREAK, FAKE, ROW, STAMP, AUDIO = 0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12
-VIDEO_START, VIDEO_END = 13, 14
-FIRST_TEXT, VOCAB = 20, 240
-
-_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-
-
-# ----------------------------------------------------------------------------------------------------- language models
-
-
-def _text(**changes: Any) -> dict[str, Any]:
-    """The part of a text configuration that all families share (4 query heads, 2 key-value heads of width 8)."""
-    base: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
-        **_IDS,
-    }
-    return base | changes
-
-
-def _mrope_text(sections: list[int], head_dim: int | None = 16, **changes: Any) -> dict[str, Any]:
-    """Text configuration with multi-axis rotary positions; `sections` splits half of a head's rotary width."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
-    rope |= changes.pop("rope", {})
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1} | ({"head_dim": head_dim} if head_dim else {})
-    return _text(**sizes, rope_parameters=rope, **changes)
-
-
-# ------------------------------------------------------------------------------------------------------- vision towers
-
-
-def _tower(**changes: Any) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 2,
-    }
-    return base | changes
-
-
-def _clip(**changes: Any) -> tf.CLIPVisionConfig:
-    return tf.CLIPVisionConfig(projection_dim=32, **_tower(**changes))
-
-
-def _siglip(**changes: Any) -> tf.SiglipVisionConfig:
-    return tf.SiglipVisionConfig(vision_use_head=False, **_tower(**changes))
-
-
-def _pixtral() -> tf.PixtralVisionConfig:
-    return tf.PixtralVisionConfig(**_tower(image_size=32))
-
-
-def _qwen_tower(**changes: Any) -> dict[str, Any]:
-    """Naive-resolution tower of the Qwen and GLM families: patches of 2 pixels, merged two by two."""
-    base: dict[str, Any] = {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "in_channels": 3,
-        "patch_size": 2,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 32,
-    }
-    return base | changes
-
-
-_QWEN_IDS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
-
-# Crops are 8 pixels square; inputs.ANYRES lists how many tokens each picture size costs under these.
-PINPOINTS = [[8, 8], [8, 16], [16, 8]]
-
-
-# ------------------------------------------------------------------------------------------------------------ families
+from vtc.zoo.parts import (
+    _QWEN_IDS,
+    AUDIO,
+    END,
+    IMAGE,
+    PINPOINTS,
+    START,
+    VIDEO,
+    VIDEO_END,
+    VIDEO_START,
+    VOCAB,
+    _clip,
+    _mrope_text,
+    _pixtral,
+    _qwen_tower,
+    _siglip,
+    _text,
+    _tower,
+)
+from vtc.zoo.weights import finish as _finish
 
 
 def llava() -> tf.PreTrainedModel:
@@ -376,47 +299,3 @@ def paligemma() -> tf.PreTrainedModel:
         vocab_size=VOCAB,
     )
     return _finish(tf.PaliGemmaForConditionalGeneration, config)
-
-
-# -------------------------------------------------------------------------------------------------------------- weights
-
-
-def _finish(model_class: type[tf.PreTrainedModel], config: tf.PreTrainedConfig) -> tf.PreTrainedModel:
-    """Build without touching the global random state, then give every parameter a seed of its own."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = model_class(config)
-    with torch.no_grad():
-        for prefix, module in model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                _fill(module, f"{model_class.__name__}.{prefix}.{name}", parameter)
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.eos_token_id = EOS
-    return model.eval()
-
-
-def _fill(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    # The seed is the name: weights do not move when a release of transformers adds a parameter elsewhere.
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    noise = torch.randn(parameter.shape, generator=generator)
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "A_log":
-        parameter.copy_(torch.linspace(1.0, 8.0, parameter.numel()).log())
-    elif leaf in ("image_newline", "class_embedding"):
-        parameter.copy_(noise)
-    elif parameter.dim() == 1:
-        parameter.add_(0.1 * noise)  # norms, biases and layer scales keep their centre
-    else:
-        parameter.copy_(noise * _std(module, name, parameter))
-
-
-def _std(module: nn.Module, name: str, parameter: nn.Parameter) -> float:
-    if isinstance(module, nn.Embedding):
-        return 1.0 / float(getattr(module, "scalar_embed_scale", 1.0))
-    if "position_embedding" in name or name.endswith("cls_token"):
-        return 0.5
-    fan_in = math.prod(parameter.shape[1:]) if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) else 32
-    # Sharp queries and keys and strong attention outputs: what a token attends to must be visible in the logits.
-    gains = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 2.0, "out_proj": 2.0, "lm_head": 2.0}
-    gain = next((value for key, value in gains.items() if f"{key}." in name), 1.0)
-    return gain / math.sqrt(fan_in)

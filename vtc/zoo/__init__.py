@@ -1,6 +1,6 @@
 """The zoo: a tiny random model of every supported family, and prompts for it.
 
-    from zoo import FAMILIES, get_model, make_batch, GREEDY
+    from vtc.zoo import FAMILIES, get_model, make_batch, GREEDY
     batch = make_batch("llava_next", images_per_sample=(1, 2, 0), padding="left")
     get_model("llava_next").generate(**batch, **GREEDY)
 
@@ -21,8 +21,8 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from . import models
-from .inputs import (
+from vtc.zoo import models
+from vtc.zoo.inputs import (
     ANYRES_MAX_1,
     TEXT,
     AnyRes,
@@ -35,7 +35,7 @@ from .inputs import (
     Tiles,
     VideoLlava,
 )
-from .models import BOS, END, FIRST_TEXT, IMAGE, PAD, START, VIDEO, VOCAB
+from vtc.zoo.parts import BOS, END, FIRST_TEXT, IMAGE, PAD, START, VIDEO, VOCAB
 
 __all__ = ["FAMILIES", "GREEDY", "NEW_TOKENS", "SPECIAL_IDS", "Batch", "Family", "get_model", "make_batch"]
 
@@ -94,8 +94,9 @@ class Batch(dict[str, Tensor]):
 
 def _image_key() -> str:
     """Video-LLaVA renamed its image input between 5.17 and 5.23."""
-    parameters = inspect.signature(tf.VideoLlavaForConditionalGeneration.get_image_features).parameters
-    return "pixel_values" if "pixel_values" in parameters else "pixel_values_images"
+    model = getattr(tf, "VideoLlavaForConditionalGeneration", None)
+    known = () if model is None else inspect.signature(model.get_image_features).parameters
+    return "pixel_values_images" if "pixel_values_images" in known else "pixel_values"
 
 
 def _families() -> list[Family]:

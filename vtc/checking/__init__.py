@@ -1,0 +1,1 @@
+"""Is it right on this machine: pruning compared with pruning by hand."""

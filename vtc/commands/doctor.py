@@ -1,0 +1,138 @@
+"""`vtc doctor`: is it right on this machine?"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vtc.commands.shared import (
+    SHIPPED,
+    Device,
+    KeepText,
+    MethodName,
+    Options,
+    Positions,
+    build_config,
+    clear_errors,
+    numbers_table,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vtc.checking.doctor import Finding
+
+VERDICTS = {"ok": "[green]ok[/]", "FAILED": "[bold red]FAILED[/]", "upstream": "[yellow]upstream[/]"}
+ABSENT = "[dim]not in this transformers[/]"
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A checkpoint: a local folder, a name on the hub, tinyvlm or tinyvlm-next. Without one: the shipped "
+            "model and a tiny random model of every family."
+        ),
+    ] = None,
+    method: MethodName = "divprune",
+    keep: KeepText = "0.5",
+    option: Options = None,
+    positions: Positions = "original",
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of MODEL: auto (as saved), float32 (the sharpest), bfloat16, float16.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for scripts.")] = False,
+) -> None:
+    """Find out whether pruning is right on this machine, with these versions.
+
+    Each model is pruned by vtc and by hand: alone and in a padded batch, with and without a cache. By hand means that
+    the unpatched model's own decoder is given the columns that stay. Logits must agree within the rounding of the
+    dtype, and greedy tokens where the best of them leads by more than that.
+
+    Verdicts: ok; FAILED, with a text for an issue; upstream: the unpruned model of this transformers departs from
+    itself in the same way, so it is not vtc's fault.
+
+    Exit code: 0 if nothing FAILED, else 1; 2 if it could not begin.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with clear_errors():
+        from transformers.utils import logging
+
+        from vtc.checking import doctor as checking
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        config, place = build_config(method, keep, option, positions), pick_device(device)
+        try:
+            around = checking.environment(place)
+        except RuntimeError as error:  # VTC_BACKEND asks for what cannot run
+            raise ValueError(str(error)) from None
+        if model is None:
+            patients = checking.tour(place)
+        else:
+            name = str(importlib.import_module(SHIPPED[model]).CHECKPOINT) if model in SHIPPED else model
+            patients = [checking.checkpoint(name, place, dtype, shown=model)]
+    findings = []
+    with Console(stderr=True).status("verifying ...") as status:
+        for finding in checking.examine(patients, config):
+            findings.append(finding)
+            status.update(f"verifying ... {len(findings)} of {len(patients)} models")
+    failed = [finding for finding in findings if finding.verdict == "FAILED"]
+    report = checking.issue(around, findings)
+    if as_json:
+        found = [finding.as_dict() for finding in findings]
+        typer.echo(json.dumps({"ok": not failed, "environment": around, "findings": found, "issue": report}, indent=2))
+    else:
+        _print(console, around, findings)
+        if report:
+            console.print("\nTo report it, paste this into an issue of vtc:\n", style="bold")
+            console.print(report, markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print(console: Console, around: dict[str, str], findings: list[Finding]) -> None:
+    for name, value in around.items():
+        console.print(f"{name:>21}  {value}", markup=False, highlight=False, soft_wrap=True)
+    table = numbers_table(None, "model", "attention", "difference", "tolerance", "tokens", "verdict")
+    for finding in findings:
+        table.add_row(*_row(finding))
+    console.print(table)
+    if len(findings) == 1 and findings[0].verification is not None:
+        console.print(repr(findings[0].verification) + "\n", markup=False, highlight=False, soft_wrap=True)
+    for finding in findings:
+        if finding.verdict == "upstream" and len(findings) > 1:
+            for fault in finding.faults:
+                console.print(f"{finding.name}: {fault}", markup=False, highlight=False, soft_wrap=True)
+    console.print(_summary(findings), highlight=False)
+
+
+def _row(finding: Finding) -> tuple[str, ...]:
+    """Its largest difference with the tolerance of that check, and the greedy tokens of all checks."""
+    verdict = VERDICTS.get(finding.verdict, ABSENT)
+    checks = [] if finding.verification is None else finding.verification.checks
+    worst = max((c for c in checks if c.difference is not None), key=lambda c: c.difference or 0.0, default=None)
+    if worst is None:
+        return finding.name, finding.attention, "-", "-", "-", verdict
+    agree, decided = sum(check.agree for check in checks), sum(check.decided for check in checks)
+    numbers = f"{worst.difference:.1e}", f"{worst.tolerance or 0.0:.1e}", f"{agree} of {decided}"
+    return finding.name, finding.attention, *numbers, verdict
+
+
+def _summary(findings: list[Finding]) -> str:
+    counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in (*VERDICTS, "absent")}
+    parts = [f"{counts['ok']} of {len(findings) - counts['absent']} models are right"]
+    if counts["upstream"]:
+        parts.append(f"{counts['upstream']} where vtc is not to blame")
+    if counts["absent"]:
+        parts.append(f"{counts['absent']} families are not in this transformers")
+    if counts["FAILED"]:
+        return f"[bold red]{counts['FAILED']} FAILED[/]; " + "; ".join(parts)
+    return "[green]Pruning is right on this machine[/]: " + "; ".join(parts)
