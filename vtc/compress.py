@@ -7,7 +7,7 @@ chunked prefill works, since selection saw whole images.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
-from vtc.dialect import generation, modules
-from vtc.dialect.arguments import ENCODED, IDS, MASK, POSITIONS, Arguments
+from vtc.dialect import generation, modules, rules
+from vtc.dialect.arguments import ENCODED, IDS, LABELS, MASK, POSITIONS, Arguments
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Frame, bypassed
-from vtc.engine.encode import attached
+from vtc.engine.encode import Memory, attached, listening
 from vtc.engine.plan import Plan, Prefill, compaction, plan
+from vtc.engine.taps import CLS_TAPS, tapped
 from vtc.methods import Method
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import MODALITIES
-from vtc.patching import fitted, patch, patch_of, requested
+from vtc.patching import fitted, patch_of, requested
 
 
 @torch.no_grad()
@@ -56,22 +57,33 @@ def compress_inputs(
 
     Raises:
         NotImplementedError: this transformers has no ``mm_encoder_outputs`` for the family; use :func:`vtc.patch`.
-        ValueError: as :func:`vtc.patch`; or the model is patched.
+        ValueError: as :func:`vtc.patch`; or the model is patched; or the inputs are no prompt of the model.
     """
     if patch_of(model) is not None:
         raise ValueError("the model is patched and compresses by itself; vtc.unpatch(model), or just call generate()")
     adapter, parts = resolve(model)
     _takes_features(parts)
     inputs = dict(inputs)
-    with patch(model, method, keep=keep, positions=positions, **options) as handle:
-        _before_the_model(parts, handle.method)
-        outputs, used = _encode(parts, inputs)
-    for name in used:
-        inputs.pop(name, None)
+    config, chosen = requested(method, keep, positions, options)
+    chosen = fitted(adapter, parts, chosen, config.positions)
+    _before_the_model(parts, chosen)
     call = parts.spellings.base.bind((), inputs)
+    _check(parts, call)
+    encoded, used = _encode(adapter, parts, chosen, inputs)
+    outputs = {**(call[ENCODED] or {}), **encoded}
+    for name in used:
+        call.named.pop(name, None)
     if call[POSITIONS] is None:
-        call[POSITIONS] = generation.positions_of_prompt(parts.root, call[IDS], inputs | used)
-    short = _shorten(adapter, parts, call, outputs, handle.method, handle.config.positions)
+        call[POSITIONS] = generation.positions_of_prompt(parts.root, call[IDS], inputs)
+    short = _shorten(adapter, parts, call, outputs, chosen, config.positions)
+    if short is None and any(bool((call[IDS] == token).any()) for token in parts.placeholders.values()):
+        if not outputs:
+            raise ValueError(
+                "the prompt has image placeholders and no image: give pixel values (what the processor returned), or "
+                "images encoded ahead"
+            )
+        if encoded:
+            call[ENCODED] = outputs  # all tokens stay; what was encoded is not encoded again
     return call.named if short is None else call.named | short.inputs
 
 
@@ -114,7 +126,8 @@ def generate(
     decode = generation.decoding_loop(parts.root, generation_config)
     call = parts.spellings.base.bind((), model_kwargs)
     call[IDS] = input_ids
-    short = _shorten(adapter, parts, call, call[ENCODED] or {}, chosen, place)
+    memory = None if handle is None else handle.stage.memory
+    short = _shorten(adapter, parts, call, call[ENCODED] or {}, chosen, place, memory)
     ids = input_ids
     if short is not None:
         call.named |= short.inputs
@@ -122,34 +135,22 @@ def generate(
         if handle is not None:
             handle.stage.last = short.prefill
     call.pop(IDS)
-    gone = input_ids.shape[1] - ids.shape[1]
+    beams = generation_config.num_beams
+    prompt, gone = input_ids[::beams], input_ids.shape[1] - ids.shape[1]
     with bypassed():
         result = decode(
             ids,
-            logits_processor=_earlier(logits_processor, gone),
-            stopping_criteria=_earlier(stopping_criteria, gone),
-            generation_config=_earlier([generation_config], gone)[0],
+            logits_processor=rules.processors_with_prompt(logits_processor, prompt, ids.shape[1]),
+            stopping_criteria=rules.criteria_with_prompt(stopping_criteria, prompt, ids.shape[1]),
+            generation_config=rules.shorter(generation_config, gone),
             **call.named,
         )
-    if generation_config.num_beams > 1:  # a row per beam went in, a row per returned sequence came out
-        input_ids = input_ids[:: generation_config.num_beams].repeat_interleave(
-            generation_config.num_return_sequences, 0
-        )
+    if beams > 1:  # a row per beam went in, a row per returned sequence came out
+        input_ids = prompt.repeat_interleave(generation_config.num_return_sequences, 0)
     if isinstance(result, Tensor):
         return torch.cat([input_ids, result[:, ids.shape[1] :]], dim=1)
     result.sequences = torch.cat([input_ids, result.sequences[:, ids.shape[1] :]], dim=1)
     return result
-
-
-def _earlier(rules: Any, gone: int) -> Any:
-    """Copies of processors, criteria or configs whose lengths count the prompt: the prompt is ``gone`` shorter."""
-    moved = []
-    for rule in rules:
-        rule = copy.copy(rule)
-        for name, length in generation.lengths_in(rule):
-            setattr(rule, name, length - gone)
-        moved.append(rule)
-    return type(rules)(moved)
 
 
 def _takes_features(parts: Parts) -> None:
@@ -170,16 +171,48 @@ def _before_the_model(parts: Parts, method: Method) -> None:
         )
 
 
-def _encode(parts: Parts, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the encoders as ``generate`` does; also return the arguments they used up."""
+def _check(parts: Parts, call: Arguments) -> None:
+    """Refuse what is no prompt, by name.
+
+    Raises:
+        ValueError: ids are missing or no [B, N] integers, or something beside them has another size.
+    """
+    ids = call[IDS]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        given = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(
+            f"inputs need token ids, a LongTensor [batch, columns] of a prompt; got {given} (of "
+            f"{', '.join(sorted(call.named)) or 'nothing'}). Give what the processor returned with return_tensors='pt'"
+        )
+    mask = call[MASK]
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(ids)):
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"the attention mask must be [{len(ids)}, columns], beside ids {tuple(ids.shape)}; got {given}"
+        )
+    positions = call[POSITIONS]
+    if positions is not None and (not isinstance(positions, Tensor) or positions.shape[-1:] != ids.shape[-1:]):
+        given = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"position ids must have {ids.shape[1]} columns, as the token ids; got {given}")
+
+
+def _encode(
+    adapter: Adapter, parts: Parts, method: Method, inputs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the encoders as ``generate`` does, listening; also return the arguments they used up."""
     outputs, used = {}, {}
     for modality in MODALITIES:
         encode = modules.encoder_of(parts.base, modality)
         names = [] if encode is None else modules.parameters_of(encode)
         arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        if any(name.startswith("pixel_values") for name in arguments):
-            outputs[modality] = encode(**arguments, return_dict=True)
-            used |= arguments
+        if not any(name.startswith("pixel_values") for name in arguments):
+            continue
+        with contextlib.ExitStack() as listeners:
+            for signal in CLS_TAPS.keys() & method.needs:
+                if (tower := adapter.cls_attention(parts.base, modality)) is not None:
+                    listeners.enter_context(tapped([tower], CLS_TAPS[signal], parts))
+            outputs[modality] = listening(adapter, parts, modality, method.needs, encode)(**arguments, return_dict=True)
+        used |= arguments
     return outputs, used
 
 
@@ -196,6 +229,7 @@ def _shorten(
     outputs: Mapping[str, Any],
     method: Method,
     positions: str,
+    memory: Memory | None = None,
 ) -> _Short | None:
     """The shortened ids, masks, positions, token types and features; ``None`` when nothing is dropped."""
     ids, mask = call[IDS], call[MASK]
@@ -208,7 +242,7 @@ def _shorten(
         if (
             output is not None
             and where.any()
-            and (encoded := attached(adapter, parts.base, modality, output)) is not None
+            and (encoded := attached(adapter, parts.base, modality, output, memory)) is not None
         ):
             frame.placeholders[modality], frame.encoded[modality] = where, encoded
     frame.see_padding(width)
@@ -224,6 +258,8 @@ def _shorten(
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == ids.shape
     }
     short = parts.spellings.base.bind((), aligned)
+    if (labels := short[LABELS]) is not None:
+        short[LABELS] = labels.masked_fill(~compact.valid.to(labels.device), -100)
     short[IDS] = compact.sequence(ids).masked_fill(~compact.valid, parts.root.generation_config.pad_token_id or 0)
     short[MASK] = compact.valid.long() if compact.holes or mask is not None else None
     if (old := call[POSITIONS]) is not None:

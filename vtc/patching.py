@@ -152,8 +152,9 @@ class Patch:
         """
         if not self._undo:
             raise ValueError(f"this {type(self.model).__name__} is not patched: nothing to undo")
-        while self._undo:
-            self._undo.pop()()
+        while self._undo:  # interrupted, it goes on where it was when it is called again
+            self._undo[-1]()
+            self._undo.pop()
 
     def __enter__(self) -> Patch:
         return self
@@ -170,6 +171,12 @@ class Patch:
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("a patched model cannot be copied: its hooks belong to the original. vtc.unpatch it first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a patched model cannot be pickled: its hooks belong to this process. vtc.unpatch it first, or save its "
+            "state_dict() or save_pretrained(), which a patch leaves as they are"
+        )
 
 
 def patch(
@@ -207,8 +214,8 @@ def patch(
     try:
         _install(handle)
     except BaseException:
-        while handle._undo:
-            handle._undo.pop()()
+        if handle.active:
+            handle.unpatch()
         raise
     return handle
 
@@ -294,31 +301,42 @@ def _install(handle: Patch) -> None:
     _forget_compiled(parts.root)
     for module in {parts.root, parts.base}:  # the base model too, so that it cannot be patched once more by itself
         _set(undo, module, _HANDLE, handle)
-    # prepended: user hooks then see the pruned call, as they would see a shorter prompt
-    pre = functools.partial(nn.Module.register_forward_pre_hook, prepend=True, with_kwargs=True)
-    opening = Opening(adapter, parts)
+    # in front: user hooks then see the pruned call, as they would see a shorter prompt
+    opening = Opening(adapter, parts, stage.memory)
     if parts.root is not parts.base:
-        undo.append(pre(parts.root, opening.before_root).remove)
-    undo.append(pre(parts.base, opening.before_base).remove)
-    undo.append(parts.base.register_forward_hook(opening.after_base).remove)
-    undo.append(pre(parts.decoder, stage.before_decoder).remove)
-    undo.append(parts.root.register_forward_hook(opening.after_root, always_call=True).remove)
-    undo.append(parts.decoder.register_forward_hook(stage.after_decoder).remove)
+        _hook(undo, parts.root, opening.before_root, before=True, first=True)
+    _hook(undo, parts.base, opening.before_base, before=True, first=True)
+    _hook(undo, parts.base, opening.after_base)
+    _hook(undo, parts.decoder, stage.before_decoder, before=True, first=True)
+    _hook(undo, parts.decoder, stage.after_decoder)
+    _hook(undo, parts.root, opening.after_root, always=True)
     for layer, hook in zip(parts.layers, stage.layer_hooks(), strict=False):
-        undo.append(pre(layer, hook).remove)
-    undo.extend(stage.layers.hooks())
-    for modality in MODALITIES:
-        if (encode := encoder_of(parts.base, modality)) is not None:
-            wrapped = listening(adapter, parts, modality, handle.method.needs, encode)
-            _set(undo, parts.base, encoder_name(modality), wrapped)
+        _hook(undo, layer, hook, before=True, first=True)
+    for module, hook, before in stage.layers.hooks():
+        _hook(undo, module, hook, before=before)
     for signal in CLS_TAPS.keys() & handle.method.needs:
         tap = functools.partial(CLS_TAPS[signal], parts)
-        towers = {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}
-        undo.extend(tower.register_forward_pre_hook(tap, with_kwargs=True).remove for tower in towers)
+        for tower in {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}:
+            _hook(undo, tower, tap, before=True)
+    for modality in MODALITIES:
+        if (encode := encoder_of(parts.base, modality)) is not None:
+            wrapped = listening(adapter, parts, modality, handle.method.needs, encode, stage.memory)
+            _set(undo, parts.base, encoder_name(modality), _while_active(handle, encode, wrapped))
     for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.stages)):
+        found = method.find(owner)
         name = LOSS_SLOT if method is LOSS else method.name
-        _set(undo, owner, name, _wrapper(handle, method)(method.find(owner)))
+        _set(undo, owner, name, _while_active(handle, found, _wrapper(handle, method)(found)))
     undo.append(functools.partial(_forget_compiled, parts.root))
+
+
+def _while_active(handle: Patch, original: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapped method, and the original again once the patch is undone: somebody may hold it, or have wrapped it."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (wrapped if handle.active else original)(*args, **kwargs)
+
+    return call
 
 
 def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -337,17 +355,46 @@ def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., An
 
 
 def _set(undo: list[Callable[[], None]], owner: nn.Module, name: str, value: Any) -> None:
-    """Set an instance attribute that hides the class's, remembering what stood there."""
+    """Set an instance attribute that hides the class's. The way back is written down first: anything may interrupt."""
     had, before = name in owner.__dict__, owner.__dict__.get(name)
 
     def restore() -> None:
+        if owner.__dict__.get(name) is not value:  # the user's own by now, or restored already
+            return
         if had:
             owner.__dict__[name] = before
         else:
             owner.__dict__.pop(name, None)
 
-    owner.__dict__[name] = value
     undo.append(restore)
+    owner.__dict__[name] = value
+
+
+def _hook(
+    undo: list[Callable[[], None]],
+    module: nn.Module,
+    hook: Callable[..., Any],
+    *,
+    before: bool = False,
+    first: bool = False,
+    always: bool = False,
+) -> None:
+    """Register a forward hook that gets keywords too. How to undo it is written down first: it is found by itself."""
+    kind = "_forward_pre_hooks" if before else "_forward_hooks"
+    registers = [
+        getattr(module, name) for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called") if name in vars(module)
+    ]
+
+    def remove() -> None:
+        for key in [key for key, other in registers[0].items() if other is hook]:
+            for register in reversed(registers):  # the one that finds it last
+                register.pop(key, None)
+
+    undo.append(remove)
+    if before:
+        module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
+    else:
+        module.register_forward_hook(hook, always_call=always, with_kwargs=True)
 
 
 def _forget_compiled(model: nn.Module) -> None:

@@ -253,7 +253,7 @@ class _Verifier:
         return Check(name, verdict, difference, tolerance, *counts, note)
 
     def _comparable_steps(self, run: _Run) -> int:
-        """Windows count stored tokens once decoding begins: where one reaches back to an image, the first token only."""
+        """Windows count stored tokens in decoding: where one reaches back to an image, only the first token."""
         window = getattr(self.parts.root.config.get_text_config(), SLIDING_WINDOW, None)
         if not run.use_cache or not self.parts.builds_masks_early or window is None:
             return self.new_tokens

@@ -38,6 +38,7 @@ HIDDEN = Role("the hidden states", ("hidden_states",))
 ROTARY = Role("the rotary embeddings", ("position_embeddings",))
 ENCODED = Role("images encoded ahead", ("mm_encoder_outputs",))
 DEEPSTACK = Role("features added to early layers", ("deepstack_visual_embeds", "deepstack_features"))
+LABELS = Role("the labels", ("labels",))
 LOGITS = Role("which logits to compute", ("logits_to_keep",))
 NEW_LENGTH = Role("how many columns are new", ("next_sequence_length",))
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
@@ -14,6 +15,7 @@ from vtc.errors import UnsupportedModelError
 
 _LEDGER = "_vtc_ledger"
 _METHODS = (
+    "update",
     "get_seq_length",
     "get_query_offset",
     "get_mask_sizes",
@@ -28,6 +30,9 @@ _METHODS = (
 
 class Ledger(Protocol):
     """What a pruned cache has to know of the tokens that are not in it."""
+
+    def check_in_use(self) -> None:
+        """Refuse where the cache is not used by whom it was made for."""
 
     def removed(self, layer: int) -> int:
         """By how many tokens a layer is shorter than the caller believes."""
@@ -99,6 +104,16 @@ def stored_bytes(cache: Cache) -> int:
 class _Pruned:
     """Mixed into the class of a cache that was pruned. Sizes for masks stay physical; the rest is logical."""
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            ledger_of(self).check_in_use()
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as what it was, and its ledger; the class was made here and has no name to be found by."""
+        state = {name: value for name, value in self.__dict__.items() if name != _LEDGER}
+        return _restored, (type(self).__mro__[2], state, ledger_of(self))
+
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return super().get_seq_length(layer_idx) + ledger_of(self).removed(layer_idx)  # type: ignore[misc, union-attr]
 
@@ -133,6 +148,13 @@ class _Pruned:
 @functools.cache
 def _pruned(cls: type) -> type:
     return type(f"VTC{cls.__name__}", (_Pruned, cls), {"__module__": __name__})
+
+
+def _restored(cls: type[Cache], state: dict[str, Any], ledger: Ledger) -> Cache:
+    cache = cls.__new__(cls)
+    cache.__dict__.update(state)
+    give_ledger(cache, ledger)
+    return cache
 
 
 def give_ledger(cache: Cache, ledger: Ledger) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,13 +123,3 @@ def decoding_loop(root: Any, generation_config: Any) -> Callable[..., Any]:
     if mode not in _LOOPS:
         raise NotImplementedError(f"vtc.generate decodes greedily, by sampling or with beams, not by {mode}")
     return _LOOPS[mode].find(root)
-
-
-_COUNT_FROM_START = ("max_length", "min_length", "prompt_length_to_skip", "begin_index")
-
-
-def lengths_in(rule: Any) -> Iterable[tuple[str, int]]:
-    """Lengths in a logits processor, a stopping criterion or a config that count the prompt too."""
-    for name in _COUNT_FROM_START:
-        if isinstance(value := getattr(rule, name, None), int) and not isinstance(value, bool):
-            yield name, value

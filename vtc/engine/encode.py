@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,8 +23,46 @@ from vtc.models import Adapter, Parts
 _ATTACHED = "_vtc_encoded"
 
 
+class Memory:
+    """What was heard lately, found again by the features themselves: copies of an encoder's output lose attributes.
+
+    A copy (accelerate moves outputs between devices, ``tree_map`` rebuilds them) has the same numbers, so a few of them
+    are kept beside what was heard. Looking reads them (a host sync), and happens only where the attribute is gone.
+    """
+
+    def __init__(self) -> None:
+        self._heard: deque[tuple[str, list[int], Tensor, Encoded]] = deque(maxlen=32)
+
+    def keep(self, modality: str, output: Any, encoded: Encoded) -> None:
+        """Remember what was heard of an encoder's output."""
+        lengths = feature_lengths(output)
+        if lengths:
+            self._heard.append((modality, lengths, _sample(output), encoded))
+
+    def find(self, modality: str, output: Any) -> Encoded | None:
+        """What was heard of an output with the same features."""
+        lengths = feature_lengths(output)
+        near = [item for item in reversed([*self._heard]) if item[:2] == (modality, lengths)]
+        if not near:
+            return None
+        sample = _sample(output)
+        same = (encoded for _, _, kept, encoded in near if torch.equal(kept.to(sample), sample))
+        return next(same, None)
+
+
+def _sample(output: Any) -> Tensor:
+    """A few numbers of every entry of an encoder's output, copied."""
+    ends = [torch.cat([f.flatten()[:8], f.flatten()[-8:]]) for f in features_in(output)]
+    return torch.cat(ends).detach().clone()
+
+
 def listening(
-    adapter: Adapter, parts: Parts, modality: str, needs: frozenset[str], encode: Callable[..., Any]
+    adapter: Adapter,
+    parts: Parts,
+    modality: str,
+    needs: frozenset[str],
+    encode: Callable[..., Any],
+    memory: Memory | None = None,
 ) -> Callable[..., Any]:
     """Wrap the encoder of a modality; the signature stays, since transformers inspects it."""
     base = parts.base
@@ -46,6 +85,8 @@ def listening(
                 signals[name] = adapter.cls_scores(base, modality, torch.cat(heard), layouts, arguments)
         encoded = Encoded(tuple(layouts), signals, adapter.merge)
         setattr(output, _ATTACHED, encoded)
+        if memory is not None:
+            memory.keep(modality, output, encoded)
         if (frame := running_frame(parts)) is not None:
             frame.encoded[modality] = encoded
         return output
@@ -53,14 +94,21 @@ def listening(
     return call
 
 
-def attached(adapter: Adapter, base: nn.Module, modality: str, output: Any) -> Encoded | None:
-    """What :func:`listening` left on an encoder's output; made without listening, it has only its own shape to tell."""
+def attached(
+    adapter: Adapter, base: nn.Module, modality: str, output: Any, memory: Memory | None = None
+) -> Encoded | None:
+    """What :func:`listening` left on an encoder's output, or remembers of it.
+
+    Made without listening, it has only its own shape to tell; a method that reads the structure is then refused.
+    """
     if (encoded := getattr(output, _ATTACHED, None)) is not None:
         return encoded
-    lengths = feature_lengths(output)
-    return (
-        None if lengths is None else Encoded(tuple(adapter.layouts(base, modality, lengths, {})), merge=adapter.merge)
-    )
+    if (lengths := feature_lengths(output)) is None:
+        return None
+    if memory is not None and (encoded := memory.find(modality, output)) is not None:
+        return encoded
+    known = type(adapter).layouts is Adapter.layouts
+    return Encoded(tuple(adapter.layouts(base, modality, lengths, {})), merge=adapter.merge, known=known)
 
 
 def feature_lengths(output: Any) -> list[int] | None:

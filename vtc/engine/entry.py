@@ -30,6 +30,7 @@ from vtc.dialect.releases import running
 from vtc.engine import masks
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import FRAME, Frame, is_running, running_frame
+from vtc.engine.encode import Memory
 from vtc.engine.inside import Inside
 from vtc.engine.layers import LayerStages
 from vtc.engine.lengths import SlotMap, adopt, slot_map
@@ -46,6 +47,8 @@ class EntryStage:
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
         self.last: Prefill | None = None
         self.layers = LayerStages(parts, method)
+        self.memory = Memory()
+        """What the encoders gave lately: found again when a copy of their output comes back without its attribute."""
         self.hides_gaps = parts.flash
         """Whether :meth:`before_layer` is installed: flash attention needs it, decode steps of others do not pay it."""
 
@@ -81,7 +84,7 @@ class EntryStage:
         frame.placeholders = {}  # used up: whoever calls the decoder alone next has a prompt of their own
         return (), call.named
 
-    def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The tripwire: what was stored for a prompt that lost tokens must be what was planned.
 
         Raises:
@@ -177,7 +180,7 @@ class EntryStage:
         call[POSITIONS] = kept
         if cache is not None:
             frame.adopted, frame.stored = cache, {0: past + compact.length}
-            slots = adopt(cache, batch, embeds.device)
+            slots = adopt(cache, batch, embeds.device, self.parts)
             dropped = column(compact.dropped, embeds.device)[:, 0]
             slots.extend(past, compact.index, compact.valid, width, dropped, compact.holes)
 
@@ -232,7 +235,8 @@ class EntryStage:
         """Features added to early layers come as rows in (batch, sequence) order of all visual tokens."""
         if (deep := call[DEEPSTACK]) is None:
             return
-        where = torch.stack(list(frame.placeholders.values())).any(0).flatten().nonzero()[:, 0]
+        visual = torch.stack([mask for name, mask in frame.placeholders.items() if name in frame.encoded]).any(0)
+        where = visual.flatten().nonzero()[:, 0]  # stray placeholders of a modality without pixels have no rows
         kept = compact.keep.flatten()[where.to(compact.keep.device, non_blocking=True)]
         order = (~kept).to(torch.int8).argsort(stable=True)[: len(where) - sum(compact.dropped)]
         call[DEEPSTACK] = type(deep)(rows_of[order.to(rows_of.device)] for rows_of in deep)

@@ -9,7 +9,7 @@ have work only where rows kept different counts, or the cache has a fixed size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +54,18 @@ class LayerStages:
         self.reads_positions = parts.reads_positions
         self.transition_layers = frozenset(layer for stage in self.stages for layer in stage.transitions)
 
-    def hooks(self) -> list[Callable[[], None]]:
-        """Install the hooks; returns what removes them."""
-        undo: list[Callable[[], None]] = []
+    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any], bool]]:
+        """What to hook: a module, the hook, and whether it runs before the module."""
         if not self.stages:
-            return undo
+            return
         first = min([self.stages[0].after, *self.row_layers])
         for index, layer in enumerate(self.parts.layers):
             if index >= first:
-                hook = functools.partial(self.before_layer, index)
-                undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                yield layer, functools.partial(self.before_layer, index), True
             if index in self.transition_layers:
                 for module in (attention.self_attention(layer), attention.mlp(layer)):
                     assert module is not None  # or it was refused
-                    undo.append(module.register_forward_hook(self.after_module, with_kwargs=True).remove)
-        return undo
+                    yield module, self.after_module, False
 
     # -- before the first layer -----------------------------------------------------------------------------------
 
@@ -78,7 +75,7 @@ class LayerStages:
         batch, device = inside.index.shape[0], inside.index.device
         if cache is not None:
             for stage in self.stages:
-                adopt(cache, batch, device, stage.after)
+                adopt(cache, batch, device, self.parts, stage.after)
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 

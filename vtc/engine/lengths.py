@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtc.dialect.caches import give_ledger, ledger_of
+from vtc.engine.context import running_frame
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -98,7 +99,29 @@ class SlotMap:
 
 
 class SlotMaps(dict[int, SlotMap]):
-    """All slot maps of one cache, by the first layer they hold for; a :class:`vtc.dialect.caches.Ledger`."""
+    """All slot maps of one cache, by the first layer they hold for; a :class:`vtc.dialect.caches.Ledger`.
+
+    Attributes:
+        owner: whose prompt was pruned; ``None`` after the cache was saved and loaded, until a patched model takes it.
+    """
+
+    owner: Any = None
+
+    def check_in_use(self) -> None:
+        """Called when keys are stored.
+
+        Raises:
+            RuntimeError: it is not the patch that pruned the cache that goes on with it.
+        """
+        if running_frame(self.owner) is None:
+            raise RuntimeError(
+                f"this cache was pruned: it stands for {self[0].logical} tokens of a prompt and holds "
+                f"{self[0].physical}. Only the patch that pruned it can go on with it, and the model is not under that "
+                "patch now. Start a new cache, or keep the model patched"
+            )
+
+    def __reduce__(self) -> Any:
+        return SlotMaps, (dict(self),)
 
     def at(self, layer: int) -> SlotMap:
         """The one that holds for a layer."""
@@ -139,14 +162,21 @@ class SlotMaps(dict[int, SlotMap]):
             slots.crop(inside)
 
 
-def adopt(cache: Cache, batch: int, device: torch.device, layer: int = 0) -> SlotMap:
+def adopt(cache: Cache, batch: int, device: torch.device, owner: Any, layer: int = 0) -> SlotMap:
     """The slot map that begins at ``layer``, made on first use: the cache becomes a pruned one."""
     if (maps := ledger_of(cache)) is None:
         maps = SlotMaps({0: SlotMap.empty(batch, device)})
+        maps.owner = owner
         give_ledger(cache, maps)
     if layer not in maps:  # up to now this layer stored what the one before it did
         maps[layer] = dataclasses.replace(maps.at(layer))
     return maps[layer]
+
+
+def take_over(cache: Any, owner: Any) -> None:
+    """A cache that was saved and loaded goes on under the patched model that it is given to."""
+    if (maps := ledger_of(cache)) is not None and maps.owner is None:
+        maps.owner = owner
 
 
 def slot_map(cache: Any, layer: int = 0) -> SlotMap | None:

@@ -22,12 +22,14 @@ class Encoded:
     Attributes:
         layouts: one per entry.
         signals: by name, one float tensor [n] per entry.
+        known: the layouts were told by what the encoder was called with, not only by the number of features.
         merge: how entries that follow each other without text between make one image, ``None`` if each is one.
     """
 
     layouts: tuple[Layout, ...]
     signals: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     merge: Callable[[Sequence[Layout]], Layout] | None = None
+    known: bool = True
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, IDS, LOGITS, MASK, Arg
 from vtc.dialect.caches import physical_length
 from vtc.engine import masks
 from vtc.engine.context import FRAME, PREPARED_MASKS, Frame, is_bypassed, is_running, running_frame
-from vtc.engine.encode import attached
-from vtc.engine.lengths import slot_map
+from vtc.engine.encode import Memory, attached
+from vtc.engine.lengths import slot_map, take_over
 from vtc.models import Adapter, Parts
 from vtc.ops.gather import gather_columns
 
@@ -26,8 +26,8 @@ from vtc.ops.gather import gather_columns
 class Opening:
     """Hooks on root and base model: they open a frame, fill it, and close it."""
 
-    def __init__(self, adapter: Adapter, parts: Parts) -> None:
-        self.adapter, self.parts = adapter, parts
+    def __init__(self, adapter: Adapter, parts: Parts, memory: Memory) -> None:
+        self.adapter, self.parts, self.memory = adapter, parts, memory
 
     # -- the root -------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ class Opening:
         return (), call.named
 
     @staticmethod
-    def after_root(root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after_root(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Close the frame, also when the forward pass raised."""
         if not torch.compiler.is_compiling():
             FRAME.set(None)
@@ -68,6 +68,7 @@ class Opening:
 
     def _see_masks(self, frame: Frame, call: Arguments) -> None:
         mask, cache = call[MASK], call[CACHE]
+        take_over(cache, self.parts)
         made, slots = PREPARED_MASKS.get(), slot_map(cache)
         PREPARED_MASKS.set(None)
         frame.prepared = self.parts.builds_masks_early
@@ -91,11 +92,11 @@ class Opening:
             if (host := where.cpu()).any():
                 frame.placeholders[modality] = host
         for modality, output in (call[ENCODED] or {}).items():
-            if (encoded := attached(self.adapter, self.parts.base, modality, output)) is not None:
+            if (encoded := attached(self.adapter, self.parts.base, modality, output, self.memory)) is not None:
                 frame.encoded[modality] = encoded
         frame.see_padding(_width(call))
 
-    def after_base(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hidden states of the columns whose logits the caller wants, as columns of the prompt.
 
         Raises:

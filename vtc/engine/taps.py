@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +59,63 @@ def tap_cls_logits(owner: Any, module: nn.Module, args: tuple[Any, ...], kwargs:
 
 CLS_TAPS = {"cls": tap_cls, "cls_logits": tap_cls_logits}
 """By signal, the hook that hears it; its first argument is whoever wants to know."""
+
+_LOCK = threading.Lock()
+_TAPPED: dict[nn.Module, list[int]] = {}
+
+
+@contextmanager
+def tapped(modules: Iterable[nn.Module], tap: Callable[..., None], owner: Any) -> Iterator[None]:
+    """Let ``owner`` hear some modules for a while, without hooks; calls in other threads run as ever.
+
+    A dictionary of hooks must not change while another thread runs through it; an instance's ``forward`` may. Only the
+    first of several listeners wraps it and only the last unwraps it.
+    """
+    modules = [*modules]
+    with _LOCK:
+        for module in modules:
+            _TAPPED.setdefault(module, [0])[0] += 1
+            if _TAPPED[module][0] == 1:
+                _wrap_forward(module)
+    token = _LISTENERS.set((*_LISTENERS.get(), *((module, tap, owner) for module in modules)))
+    try:
+        yield
+    finally:
+        _LISTENERS.reset(token)
+        with _LOCK:
+            for module in modules:
+                _TAPPED[module][0] -= 1
+                if not _TAPPED[module][0]:
+                    del _TAPPED[module]
+                    _unwrap_forward(module)
+
+
+_LISTENERS: ContextVar[tuple[tuple[nn.Module, Callable[..., None], Any], ...]] = ContextVar("vtc_listeners", default=())
+
+
+def _wrap_forward(module: nn.Module) -> None:
+    real = module.forward
+
+    @functools.wraps(real)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for heard, tap, owner in _LISTENERS.get():
+            if heard is module:
+                tap(owner, module, args, kwargs)
+        return real(*args, **kwargs)
+
+    forward._vtc_hides = module.__dict__.get("forward")  # type: ignore[attr-defined]
+    module.__dict__["forward"] = forward
+
+
+def _unwrap_forward(module: nn.Module) -> None:
+    forward = module.__dict__.get("forward")
+    if not hasattr(forward, "_vtc_hides"):  # somebody put another one there meanwhile
+        return
+    if forward._vtc_hides is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = forward._vtc_hides
+
 
 ROW_SIGNALS = frozenset({"instruction", "last", "text_to_visual", "visual_to_text"})
 

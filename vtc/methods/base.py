@@ -101,6 +101,11 @@ class Method(ABC):
         """Whether tokens leave before the language model; False for methods that only work inside it."""
         return not (isinstance(self.keep, float) and self.keep == 1.0)
 
+    @property
+    def reads_layout(self) -> bool:
+        """Whether the structure of the tokens decides what stays: newlines, crops, frames."""
+        return self.newlines == "keep"
+
     def settle(self, facts: ModelFacts) -> Method:
         """The method with what it left open decided for one model; called once, before :meth:`check`."""
         return self
