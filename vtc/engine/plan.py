@@ -94,8 +94,8 @@ def plan(method: Method, frame: Frame, embeds: Tensor, inside: bool = False) -> 
     if guessed and method.reads_layout:
         raise ValueError(
             f"method {method.name!r} reads the structure of the tokens (newlines, crops, frames), and the "
-            f"{guessed[0]}s of this prompt were encoded where it could not be heard (before the model was patched?); pass "
-            "pixel values to the patched model"
+            f"{guessed[0]}s of this prompt were encoded where it could not be heard (before the model was patched?); "
+            "pass pixel values to the patched model"
         )
     placeholders = {m: mask for m, mask in frame.placeholders.items() if m in frame.encoded}
     images = locate(placeholders, frame.encoded) if placeholders else []
