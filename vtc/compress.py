@@ -76,14 +76,14 @@ def compress_inputs(
     if call[POSITIONS] is None:
         call[POSITIONS] = generation.positions_of_prompt(parts.root, call[IDS], inputs)
     short = _shorten(adapter, parts, call, outputs, chosen, config.positions)
-    if short is None and any(bool((call[IDS] == token).any()) for token in parts.placeholders.values()):
-        if not outputs:
-            raise ValueError(
-                "the prompt has image placeholders and no image: give pixel values (what the processor returned), or "
-                "images encoded ahead"
-            )
-        if encoded:
-            call[ENCODED] = outputs  # all tokens stay; what was encoded is not encoded again
+    there = {modality for modality, token in parts.placeholders.items() if bool((call[IDS] == token).any())}
+    if there and not there & outputs.keys():
+        raise ValueError(
+            f"the prompt has placeholders for {' and '.join(sorted(there))} and nothing to fill them: give pixel "
+            "values (what the processor returned), or features encoded ahead"
+        )
+    if short is None and encoded:
+        call[ENCODED] = outputs  # all tokens stay; what was encoded is not encoded again
     return call.named if short is None else call.named | short.inputs
 
 

@@ -302,7 +302,7 @@ def _install(handle: Patch) -> None:
     for module in {parts.root, parts.base}:  # the base model too, so that it cannot be patched once more by itself
         _set(undo, module, _HANDLE, handle)
     # in front: user hooks then see the pruned call, as they would see a shorter prompt
-    opening = Opening(adapter, parts, stage.memory)
+    opening = Opening(stage)
     if parts.root is not parts.base:
         _hook(undo, parts.root, opening.before_root, before=True, first=True)
     _hook(undo, parts.base, opening.before_base, before=True, first=True)

@@ -46,6 +46,7 @@ class EntryStage:
     def __init__(self, adapter: Adapter, parts: Parts, method: Method, positions: str) -> None:
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
         self.last: Prefill | None = None
+        self._said: set[str] = set()
         self.layers = LayerStages(parts, method)
         self.memory = Memory()
         """What the encoders gave lately: found again when a copy of their output comes back without its attribute."""
@@ -58,8 +59,15 @@ class EntryStage:
         """Prune a prompt; in a decode step only shift positions, and only if they are compact."""
         if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None:
             return None
-        if not is_running(self.parts.base):  # an interrupt left the frame of another call
+        if not is_running(
+            self.parts.base
+        ):  # an interrupt left the frame of another call, or the base model is passed by
             FRAME.set(None)
+            if self.parts.root is not self.parts.base and is_running(self.parts.root):
+                self.say_once(
+                    f"{type(self.parts.root).__name__}.forward calls its language model without "
+                    f"{type(self.parts.base).__name__}.forward, where images are found: nothing is pruned"
+                )
             return None
         call = self.parts.spellings.decoder.bind(args, kwargs)
         cache = call[CACHE]
@@ -70,10 +78,7 @@ class EntryStage:
         decision = plan(self.method, frame, embeds, bool(self.layers.stages))
         if decision is None:
             if physical_length(cache) == 0:
-                warnings.warn(
-                    "this prompt has image placeholders, but no image was encoded for it: nothing is pruned",
-                    stacklevel=2,
-                )
+                self.say_once("this prompt has image placeholders, but no image was encoded for it: nothing is pruned")
             return (), call.named
         lengths = tuple(frame.lengths or [embeds.shape[1]] * embeds.shape[0])
         if decision.drops or self.layers.stages:
@@ -105,6 +110,12 @@ class EntryStage:
             f"{fault}. An answer would be wrong. Run `vtc doctor` and report what it prints; vtc.unpatch(model) gives "
             f"the model back as it was. {running()}"
         )
+
+    def say_once(self, text: str) -> None:
+        """Warn, the first time under this patch."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=3)
 
     def layer_hooks(self) -> list[Callable[..., Any]]:
         """A pre-hook for each decoder layer, where flash attention needs them."""

@@ -17,17 +17,17 @@ from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, IDS, LOGITS, MASK, Arg
 from vtc.dialect.caches import physical_length
 from vtc.engine import masks
 from vtc.engine.context import FRAME, PREPARED_MASKS, Frame, is_bypassed, is_running, running_frame
-from vtc.engine.encode import Memory, attached
+from vtc.engine.encode import attached
+from vtc.engine.entry import EntryStage
 from vtc.engine.lengths import slot_map, take_over
-from vtc.models import Adapter, Parts
 from vtc.ops.gather import gather_columns
 
 
 class Opening:
     """Hooks on root and base model: they open a frame, fill it, and close it."""
 
-    def __init__(self, adapter: Adapter, parts: Parts, memory: Memory) -> None:
-        self.adapter, self.parts, self.memory = adapter, parts, memory
+    def __init__(self, stage: EntryStage) -> None:
+        self.stage, self.parts = stage, stage.parts
 
     # -- the root -------------------------------------------------------------------------------------------------
 
@@ -92,9 +92,17 @@ class Opening:
             if (host := where.cpu()).any():
                 frame.placeholders[modality] = host
         for modality, output in (call[ENCODED] or {}).items():
-            if (encoded := attached(self.adapter, self.parts.base, modality, output, self.memory)) is not None:
+            if (
+                encoded := attached(self.stage.adapter, self.parts.base, modality, output, self.stage.memory)
+            ) is not None:
                 frame.encoded[modality] = encoded
         frame.see_padding(_width(call))
+        if ids is None and not frame.placeholders and not physical_length(call[CACHE]):
+            self.stage.say_once(
+                "a prompt came as embeddings in which no placeholder stands: images that were merged into it already "
+                "cannot be found, so nothing is pruned. Give token ids and pixel values, or embeddings with "
+                "placeholders"
+            )
 
     def after_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hidden states of the columns whose logits the caller wants, as columns of the prompt.
