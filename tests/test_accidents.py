@@ -487,7 +487,7 @@ def test_random_calls_of_the_public_entrances() -> None:
             elif entrance == "config":
                 vtc.CompressionConfig(method, {"keep": keep}, **options).build()
             else:
-                vtc.estimate(pick(target, 3), pick((8, 8), (0, 0), "big"), method=method, keep=keep)
+                vtc.estimate(pick(model, 3, None), pick((8, 8), (0, 0), "big"), method=method, keep=keep)
         except allowed as error:
             raw += [] if str(error) else [(turn, "an error without a word")]
         except Exception as error:
