@@ -103,6 +103,17 @@ def test_by_hand_is_the_reference_of_the_tests(family: str) -> None:
     torch.testing.assert_close(ours, reference.logits, rtol=0, atol=1e-4)
 
 
+def test_windows_that_end_between_visual_tokens_are_compared_at_the_first_token_only() -> None:
+    """They count stored tokens in decode steps (README, limits): 4 of 4 where the text is longer than the window."""
+    model, inputs = get_model("gemma3_window8"), dict(make_batch("gemma3_window8", (1,)))
+    assert check(vtc.verify(model, inputs), "alone, cache").tokens == 4
+    short = {name: value if name == "pixel_values" else value[:, :-6] for name, value in inputs.items()}
+    result = vtc.verify(model, short)
+    assert result.ok, result
+    assert [check(result, f"alone, {how}").tokens for how in ("cache", "no cache")] == [1, 4]
+    assert "first token only" in check(result, "alone, cache").note
+
+
 # --------------------------------------------------------------------------------------------------- leaving no trace
 
 
@@ -159,33 +170,40 @@ def test_positions_that_do_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deepstack_rows_that_do_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     right = EntryStage._deepstack
 
-    def shifted(self: Any, call: dict[str, Any], *others: Any) -> None:
+    def shifted(self: Any, call: Any, *others: Any) -> None:
         right(self, call, *others)
-        call |= {k: [rows.roll(1, 0) for rows in v] for k, v in call.items() if isinstance(v, list) and v}
+        call.named |= {k: [rows.roll(1, 0) for rows in v] for k, v in call.named.items() if isinstance(v, list) and v}
 
     monkeypatch.setattr(EntryStage, "_deepstack", shifted)
     assert len(failed(verify("qwen3_vl"))) == 4
 
 
-def test_a_patch_that_drops_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is given to a decoder, whatever the cache is called."""
+    return {name: value for name, value in kwargs.items() if not hasattr(value, "get_seq_length")}
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+def test_a_patch_that_drops_the_cache(monkeypatch: pytest.MonkeyPatch, prefill: bool) -> None:
+    """At once, which vtc itself notices, or in decode steps."""
     right = EntryStage.before_decoder
 
     def forgetful(self: Any, *arguments: Any) -> Any:
-        changed = right(self, *arguments)
-        return changed and (changed[0], {k: v for k, v in changed[1].items() if not hasattr(v, "get_seq_length")})
+        args, kwargs = right(self, *arguments)
+        step = any(isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == 1 for value in kwargs.values())
+        return args, without_cache(kwargs) if prefill or step else kwargs
 
     monkeypatch.setattr(EntryStage, "before_decoder", forgetful)
     result = verify()
     assert failed(result) == ["alone, cache", "padded batch, cache"]
-    assert "token 1)" in result.faults[0] or "token 2)" in result.faults[0] or "token 3)" in result.faults[0]
+    assert ("RuntimeError: divprune dropped visual tokens, but" if prefill else "logits differ") in result.faults[0]
 
 
 def test_a_decoder_that_drops_the_cache_by_itself() -> None:
     """Then the unpruned model is as wrong: not ok, and not vtc's fault."""
     model = copy.deepcopy(get_model("llava"))
     model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {k: v for k, v in kwargs.items() if not hasattr(v, "get_seq_length")}),
-        with_kwargs=True,
+        lambda module, args, kwargs: (args, without_cache(kwargs)), with_kwargs=True
     )
     result = vtc.verify(model, make_batch("llava", (1,)))
     assert result.ok is False
@@ -259,7 +277,7 @@ def test_refusals() -> None:
         vtc.verify(model, {"pixel_values": inputs["pixel_values"]})
     with pytest.raises(ValueError, match="must have the shape of input_ids"):
         vtc.verify(model, inputs | {"attention_mask": torch.ones(1, 3)})
-    with pytest.raises(ValueError, match="leave position_ids"):
+    with pytest.raises(ValueError, match="leave the position ids out"):
         vtc.verify(model, inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]})
     with pytest.raises(TypeError, match="carries its own"):
         vtc.verify(model, inputs, vtc.Grid(), keep=0.5)

@@ -4,34 +4,33 @@ A prompt and what was generated for it go through the model in one piece, withou
 the dropped columns are taken out of everything that is aligned with the sequence; the model's own decoder and head do
 the rest. One pass so gives the logits of all generated tokens: each must be what a run with a cache got step by step.
 
-Nothing here knows a family. What a decoder is given is told apart by shape, but for the arguments named below.
+Nothing here knows a family. What a decoder is given is told apart by shape, but for masks and positions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtc.dialect import masks, modules
+from vtc.dialect.arguments import MASK, POSITIONS, USE_CACHE, Arguments
 from vtc.models import Parts
 
-IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
-"""Arguments that are told apart by name: of a model, and (the last two) of its decoder."""
-IMPLEMENTATION = "_attn_implementation"
-"""Of a decoder's config: how it attends."""
+IDS, PADDING = "input_ids", "attention_mask"
+"""What processors call the ids [B, N], and 0 where they are padding."""
 
 Inputs = Mapping[str, Any]
 
 
 def columns_of(inputs: Inputs, row: int) -> Tensor:
     """LongTensor: the columns of a sample that are not padding."""
-    if inputs.get(MASK) is None:
+    if inputs.get(PADDING) is None:
         return torch.arange(inputs[IDS].shape[1], device=inputs[IDS].device)
-    return inputs[MASK][row].nonzero()[:, 0]
+    return inputs[PADDING][row].nonzero()[:, 0]
 
 
 def visual_columns(parts: Parts, inputs: Inputs, row: int) -> Tensor:
@@ -61,16 +60,16 @@ def logits_by_hand(
     longer = _continued(inputs, tokens[:-1])
     visual = _is_visual(parts, longer[IDS])
     stays = real[~torch.isin(real, dropped)]
-    signature = inspect.signature(parts.decoder.forward)
 
     def prune(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = dict(zip(signature.parameters, args, strict=False)) | kwargs
-        return (), _pruned(call, row, real, stays, visual, width, positions)
+        call = parts.spellings.decoder.bind(args, kwargs)
+        _prune(call, row, real, stays, visual, width, positions)
+        return (), call.named
 
     with _without_packing(parts):
         hook = parts.decoder.register_forward_pre_hook(prune, with_kwargs=True)
         try:
-            logits = parts.root(**longer, use_cache=False, logits_to_keep=len(tokens)).logits
+            logits = parts.root(**longer, **{USE_CACHE.names[0]: False}, logits_to_keep=len(tokens)).logits
         finally:
             hook.remove()
     return logits[0, -len(tokens) :].float()
@@ -84,18 +83,16 @@ def _continued(inputs: Inputs, tokens: Tensor) -> dict[str, Any]:
     """The batch with ``tokens`` behind every prompt: text (0 where tokens have types) that is not padding."""
     ids = inputs[IDS]
     longer = dict(inputs)
-    longer.setdefault(MASK, torch.ones_like(ids))
+    longer.setdefault(PADDING, torch.ones_like(ids))
     for name, value in longer.items():
         if isinstance(value, Tensor) and value.shape == ids.shape:
-            new = tokens if name == IDS else torch.full_like(tokens, int(name == MASK))
+            new = tokens if name == IDS else torch.full_like(tokens, int(name == PADDING))
             longer[name] = torch.cat([value, new.to(value.dtype).expand(len(ids), -1)], dim=1)
     return longer
 
 
-def _pruned(
-    call: dict[str, Any], row: int, real: Tensor, stays: Tensor, visual: Tensor, prompt: int, positions: str
-) -> dict[str, Any]:
-    """A decoder's arguments for one sample and the columns that stay.
+def _prune(call: Arguments, row: int, real: Tensor, stays: Tensor, visual: Tensor, prompt: int, positions: str) -> None:
+    """Leave of a decoder's arguments one sample and the columns that stay.
 
     Args:
         call: the arguments, for a batch [B, N].
@@ -106,21 +103,19 @@ def _pruned(
         prompt: columns of the prompt; what comes behind was generated.
         positions: ``original`` or ``compact``.
     """
-    call = dict(call)
-    mask, ids = call.pop(MASK, None), call.pop(POSITIONS, None)
-    for name, value in call.items():
+    mask, ids = call.pop(MASK), call.pop(POSITIONS)
+    for name, value in call.named.items():
         if isinstance(value, Tensor) and value.shape[:2] == visual.shape:
-            call[name] = value[row : row + 1, stays]
-        elif isinstance(value, (list, tuple)) and value and all(map(_has_rows(int(visual.sum())), value)):
+            call.named[name] = value[row : row + 1, stays]
+        elif isinstance(value, (list, tuple)) and value and all(_has_rows(each, int(visual.sum())) for each in value):
             kept = torch.zeros_like(visual)
             kept[row, stays] = True
-            call[name] = type(value)(rows[kept[visual].to(rows.device)] for rows in value)
+            call.named[name] = type(value)(rows[kept[visual].to(rows.device)] for rows in value)
     call[POSITIONS] = _positions(ids, row, real, stays, positions)
     if isinstance(mask, dict):
         call[MASK] = {kind: None if m is None else _columns_of_mask(m, row, stays, prompt) for kind, m in mask.items()}
     else:
         call[MASK] = _columns_of_mask(mask, row, stays, prompt)
-    return call
 
 
 def _positions(ids: Tensor | None, row: int, real: Tensor, stays: Tensor, positions: str) -> Tensor:
@@ -135,9 +130,9 @@ def _positions(ids: Tensor | None, row: int, real: Tensor, stays: Tensor, positi
     return own[..., None, :]
 
 
-def _has_rows(count: int) -> Any:
+def _has_rows(value: Any, count: int) -> bool:
     """Whether something holds one row per visual token, as features that early layers add do."""
-    return lambda value: isinstance(value, Tensor) and value.dim() == 2 and len(value) == count
+    return isinstance(value, Tensor) and value.dim() == 2 and len(value) == count
 
 
 def _columns_of_mask(mask: Tensor | None, row: int, stays: Tensor, prompt: int) -> Tensor | None:
@@ -160,10 +155,22 @@ def _without_packing(parts: Parts) -> Iterator[None]:
     if not parts.flash:
         yield
         return
-    config = parts.decoder.config
-    before = getattr(config, IMPLEMENTATION)
-    setattr(config, IMPLEMENTATION, "sdpa")
+    before = parts.attention
+    modules.set_attention(parts.decoder.config, "sdpa")
     try:
         yield
     finally:
-        setattr(config, IMPLEMENTATION, before)
+        modules.set_attention(parts.decoder.config, before)
+
+
+def window_reaches_back(parts: Parts, inputs: Inputs, row: int, new_tokens: int) -> bool:
+    """Whether generated tokens have a sliding window that ends between visual tokens: shorter than the prompt and them.
+
+    A window counts stored tokens once decoding begins, so such a token sees more than in one long pass.
+    """
+    real, visual = columns_of(inputs, row), visual_columns(parts, inputs, row)
+    windows = {masks.window_of(parts.decoder.config, layer) for layer in range(len(parts.layers))} - {None}
+    if not windows or not len(visual):
+        return False
+    behind = int(real[-1]) - int(visual[-1])
+    return any(behind < window < len(real) + new_tokens for window in windows)

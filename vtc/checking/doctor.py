@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vtc.checking.byhand import IMPLEMENTATION
 from vtc.checking.result import Verification
 from vtc.checking.verify import one_line, verify
-from vtc.models import list_models, resolve
+from vtc.models import UnsupportedModelError, list_models, resolve
 from vtc.ops.backend import backend
 from vtc.profiling.provenance import provenance
 
-Verdict = Literal["ok", "FAILED", "upstream", "absent"]
+Verdict = Literal["ok", "FAILED", "upstream", "refused", "absent"]
 
 QUESTION = "What is in the picture?"
 
@@ -30,8 +29,8 @@ class Finding:
 
     Attributes:
         name: a checkpoint or a family.
-        verdict: how it ended. ``absent``: this transformers does not know the family; ``upstream``: see
-            :mod:`vtc.checking.result`.
+        verdict: how it ended. ``absent``: this transformers does not know the family; ``refused``: the method is not
+            for it; ``upstream``: see :mod:`vtc.checking.result`.
         seconds: that it took.
         model_type: of its config.
         attention: implementation in the language model.
@@ -150,19 +149,26 @@ def examine(patients: list[Patient], method: Any = "divprune", **options: Any) -
         if patient.model_type not in CONFIG_MAPPING:
             yield Finding(patient.name, "absent", 0.0, patient.model_type)
             continue
-        start, attention = time.perf_counter(), "-"
+        start, attention, result, error, verdict = time.perf_counter(), "-", None, "", "FAILED"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a deprecation is no finding, and there would be one for each model
                 model, inputs = patient.prepare()
-                attention = str(getattr(resolve(model)[1].decoder.config, IMPLEMENTATION, "-"))
+                attention = resolve(model)[1].attention
                 result = verify(model, inputs, method, **options)
-        except Exception as error:
-            took = time.perf_counter() - start
-            yield Finding(patient.name, "FAILED", took, patient.model_type, attention, error=one_line(error))
-        else:
-            took = time.perf_counter() - start
-            yield Finding(patient.name, result.verdict, took, patient.model_type, attention, result)
+                verdict = result.verdict
+        except Exception as raised:
+            error = one_line(raised)
+            if attention != "-" and isinstance(raised, ValueError) and not isinstance(raised, UnsupportedModelError):
+                verdict = "refused"
+        took = time.perf_counter() - start
+        yield Finding(patient.name, verdict, took, patient.model_type, attention, result, error)
+
+
+def is_right(findings: list[Finding]) -> bool:
+    """Whether something was verified, and nothing failed."""
+    verdicts = {finding.verdict for finding in findings}
+    return "ok" in verdicts and "FAILED" not in verdicts
 
 
 def issue(environment: dict[str, str], findings: list[Finding]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.checking.byhand import IDS, MASK, POSITIONS, Inputs, visual_columns
+from vtc.checking.byhand import IDS, PADDING, Inputs, visual_columns
+from vtc.dialect.arguments import EMBEDS, POSITIONS
 from vtc.models import Parts
 
 LONGER = 3
@@ -21,15 +22,15 @@ def check_inputs(parts: Parts, inputs: Inputs) -> None:
     Raises:
         ValueError: no ids, no image, no two-dimensional mask, padding on the right, or positions of the caller's own.
     """
-    ids, mask = inputs.get(IDS), inputs.get(MASK)
+    ids, mask = inputs.get(IDS), inputs.get(PADDING)
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise ValueError(f"{IDS} must be a LongTensor [samples, columns], as a processor makes it, not {_shown(ids)}")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        raise ValueError(f"{MASK} must have the shape of {IDS}, {tuple(ids.shape)}, not {_shown(mask)}")
+        raise ValueError(f"{PADDING} must have the shape of {IDS}, {tuple(ids.shape)}, not {_shown(mask)}")
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("the prompts are padded on the right, where generate() goes on: pad them on the left")
-    if inputs.get(POSITIONS) is not None or inputs.get("inputs_embeds") is not None:
-        raise ValueError(f"leave {POSITIONS} and inputs_embeds out: verify takes a prompt as a processor makes it")
+    if given := [role.what for role in (POSITIONS, EMBEDS) if role.read(inputs) is not None]:
+        raise ValueError(f"leave {' and '.join(given)} out: verify takes a prompt as a processor makes it")
     if not any(len(visual_columns(parts, inputs, row)) for row in range(len(ids))):
         raise ValueError(
             f"the inputs hold no image: none of the placeholders {dict(parts.placeholders)} is in {IDS}. Give what the "
@@ -58,8 +59,8 @@ def padded(parts: Parts, prompts: Sequence[Inputs]) -> dict[str, Any]:
     """Prompts of one sample each as one batch, padded on the left; pixels and their sizes one after another."""
     width = max(inputs[IDS].shape[1] for inputs in prompts)
     batch: dict[str, Any] = {}
-    for name, first in {MASK: None, **prompts[0]}.items():
-        if name == MASK or _aligned(first, prompts[0]):
+    for name, first in {PADDING: None, **prompts[0]}.items():
+        if name == PADDING or _aligned(first, prompts[0]):
             filler = pad_id(parts) if name == IDS else 0
             rows = [torch.ones_like(inputs[IDS]) if name not in inputs else inputs[name] for inputs in prompts]
             rows = [torch.nn.functional.pad(row, (width - row.shape[1], 0), value=filler) for row in rows]

@@ -75,8 +75,14 @@ class Verification:
 
     @property
     def difference(self) -> float | None:
-        """The largest of all."""
-        return max((check.difference for check in self.checks if check.difference is not None), default=None)
+        """That of :attr:`worst`."""
+        return None if self.worst is None else self.worst.difference
+
+    @property
+    def worst(self) -> Check | None:
+        """The comparison of logits with the largest difference, if one came to that."""
+        compared = [check for check in self.checks if check.tokens]
+        return max(compared, key=lambda check: check.difference or 0.0, default=None)
 
     @property
     def faults(self) -> list[str]:

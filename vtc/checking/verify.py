@@ -33,9 +33,6 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 matrices of other shapes, so they round differently: in float32 by 1e-6 to 3e-5 of the scale, where a wrong mask or
 position costs 1e-2 and more. Half precision has 3 (float16) or 2 (bfloat16) digits, and can hide a small mistake."""
 
-SLIDING_WINDOW = "sliding_window"
-"""Of a text config: how many columns some layers look back."""
-
 
 @dataclass(frozen=True)
 class _Sample:
@@ -220,7 +217,8 @@ class _Verifier:
         """A run with what it should have said."""
         if isinstance(outcome, Exception):
             return Check(name, "FAILED", note=one_line(outcome))
-        steps = self._comparable_steps(run)
+        reaching = [byhand.window_reaches_back(self.parts, s.inputs, s.row, self.new_tokens) for s in run.samples]
+        steps = 1 if run.use_cache and any(reaching) else self.new_tokens
         ours, theirs = [], []
         for place, sample in enumerate(run.samples):
             keep, lengths = (None, []) if outcome.keep is None else (outcome.keep[place], outcome.lengths[place])
@@ -252,19 +250,6 @@ class _Verifier:
         counts = int(agree[decided].sum()), int(decided.sum()), decided.numel()
         return Check(name, verdict, difference, tolerance, *counts, note)
 
-    def _comparable_steps(self, run: _Run) -> int:
-        """Windows count stored tokens in decoding: where one reaches back to an image, only the first token."""
-        window = getattr(self.parts.root.config.get_text_config(), SLIDING_WINDOW, None)
-        if not run.use_cache or not self.parts.builds_masks_early or window is None:
-            return self.new_tokens
-        for each in run.samples:
-            visual = byhand.visual_columns(self.parts, each.inputs, each.row)
-            if len(visual) and each.inputs[IDS].shape[1] - int(visual[-1]) <= window:
-                first = int(byhand.columns_of(each.inputs, each.row)[0])
-                if each.inputs[IDS].shape[1] + self.new_tokens - first > window:
-                    return 1
-        return self.new_tokens
-
     def _unchanged(self, inputs: Inputs, before: Tensor | Exception) -> Check:
         name, after = "unpruned, before and after", _attempt(lambda: self._generate(inputs, True).logits)
         for each in (before, after):
@@ -276,9 +261,7 @@ class _Verifier:
         return self._judge(name, after, before, "not bit for bit: this device is not deterministic")
 
 
-_SHORT_WINDOW = (
-    "first token only: a sliding window that is shorter than the prompt reaches back to the image (README, limits)"
-)
+_SHORT_WINDOW = "first token only: a sliding window ends between visual tokens (see the README, limits)"
 
 
 def _same_kept(kept: Sequence[list[list[Tensor]]]) -> Check:

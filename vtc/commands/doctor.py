@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
     from vtc.checking.doctor import Finding
 
-VERDICTS = {"ok": "[green]ok[/]", "FAILED": "[bold red]FAILED[/]", "upstream": "[yellow]upstream[/]"}
-ABSENT = "[dim]not in this transformers[/]"
+VERDICTS = {
+    "ok": "[green]ok[/]",
+    "FAILED": "[bold red]FAILED[/]",
+    "upstream": "[yellow]upstream[/]",
+    "refused": "[dim]refused[/]",
+    "absent": "[dim]not in this transformers[/]",
+}
 
 
 def doctor(
@@ -55,9 +60,10 @@ def doctor(
     dtype, and greedy tokens where the best of them leads by more than that.
 
     Verdicts: ok; FAILED, with a text for an issue; upstream: the unpruned model of this transformers departs from
-    itself in the same way, so it is not vtc's fault.
+    itself in the same way, so it is not vtc's fault; refused: the method is not for this model, or has stages inside
+    the language model, which are not verified.
 
-    Exit code: 0 if nothing FAILED, else 1; 2 if it could not begin.
+    Exit code: 0 if something was verified and nothing FAILED, else 1; 2 if it could not begin.
     """
     from rich.console import Console
 
@@ -84,21 +90,21 @@ def doctor(
         for finding in checking.examine(patients, config):
             findings.append(finding)
             status.update(f"verifying ... {len(findings)} of {len(patients)} models")
-    failed = [finding for finding in findings if finding.verdict == "FAILED"]
+    good = checking.is_right(findings)
     report = checking.issue(around, findings)
     if as_json:
         found = [finding.as_dict() for finding in findings]
-        typer.echo(json.dumps({"ok": not failed, "environment": around, "findings": found, "issue": report}, indent=2))
+        typer.echo(json.dumps({"ok": good, "environment": around, "findings": found, "issue": report}, indent=2))
     else:
-        _print(console, around, findings)
+        _print(console, around, findings, good)
         if report:
             console.print("\nTo report it, paste this into an issue of vtc:\n", style="bold")
             console.print(report, markup=False, highlight=False, soft_wrap=True)
-    if failed:
+    if not good:
         raise typer.Exit(1)
 
 
-def _print(console: Console, around: dict[str, str], findings: list[Finding]) -> None:
+def _print(console: Console, around: dict[str, str], findings: list[Finding], good: bool) -> None:
     for name, value in around.items():
         console.print(f"{name:>21}  {value}", markup=False, highlight=False, soft_wrap=True)
     table = numbers_table(None, "model", "attention", "difference", "tolerance", "tokens", "verdict")
@@ -108,31 +114,32 @@ def _print(console: Console, around: dict[str, str], findings: list[Finding]) ->
     if len(findings) == 1 and findings[0].verification is not None:
         console.print(repr(findings[0].verification) + "\n", markup=False, highlight=False, soft_wrap=True)
     for finding in findings:
-        if finding.verdict == "upstream" and len(findings) > 1:
+        if finding.error or (finding.verdict == "upstream" and len(findings) > 1):
             for fault in finding.faults:
                 console.print(f"{finding.name}: {fault}", markup=False, highlight=False, soft_wrap=True)
-    console.print(_summary(findings), highlight=False)
+    console.print(_summary(findings, good), highlight=False)
 
 
 def _row(finding: Finding) -> tuple[str, ...]:
     """Its largest difference with the tolerance of that check, and the greedy tokens of all checks."""
-    verdict = VERDICTS.get(finding.verdict, ABSENT)
-    checks = [] if finding.verification is None else finding.verification.checks
-    worst = max((c for c in checks if c.difference is not None), key=lambda c: c.difference or 0.0, default=None)
-    if worst is None:
+    verdict = VERDICTS[finding.verdict]
+    result = finding.verification
+    if result is None or (worst := result.worst) is None:
         return finding.name, finding.attention, "-", "-", "-", verdict
-    agree, decided = sum(check.agree for check in checks), sum(check.decided for check in checks)
-    numbers = f"{worst.difference:.1e}", f"{worst.tolerance or 0.0:.1e}", f"{agree} of {decided}"
+    agree, decided = sum(check.agree for check in result.checks), sum(check.decided for check in result.checks)
+    numbers = f"{worst.difference:.1e}", f"{worst.tolerance:.1e}", f"{agree} of {decided}"
     return finding.name, finding.attention, *numbers, verdict
 
 
-def _summary(findings: list[Finding]) -> str:
-    counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in (*VERDICTS, "absent")}
-    parts = [f"{counts['ok']} of {len(findings) - counts['absent']} models are right"]
+def _summary(findings: list[Finding], good: bool) -> str:
+    counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in VERDICTS}
+    examined = len(findings) - counts["absent"] - counts["refused"]
+    parts = [f"{counts['ok']} of {examined} models are right"]
     if counts["upstream"]:
         parts.append(f"{counts['upstream']} where vtc is not to blame")
-    if counts["absent"]:
-        parts.append(f"{counts['absent']} families are not in this transformers")
-    if counts["FAILED"]:
-        return f"[bold red]{counts['FAILED']} FAILED[/]; " + "; ".join(parts)
-    return "[green]Pruning is right on this machine[/]: " + "; ".join(parts)
+    if counts["refused"]:
+        parts.append(f"{counts['refused']} that this method is not for")
+    if count := counts["absent"]:
+        parts.append(f"{count} {'family is' if count == 1 else 'families are'} not in this transformers")
+    told = "[green]Pruning is right on this machine[/]: " if good else f"[bold red]{counts['FAILED']} FAILED[/]; "
+    return told + "; ".join(parts)

@@ -158,6 +158,11 @@ def attention_of(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None))
 
 
+def set_attention(config: Any, implementation: str) -> None:
+    """Switch it, without asking whether its package is there."""
+    config._attn_implementation = implementation
+
+
 def builds_masks_early(root: nn.Module) -> bool:
     """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
     return hasattr(type(root), "create_masks_for_generate")
