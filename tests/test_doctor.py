@@ -15,6 +15,8 @@ from zoo import get_model, make_batch
 import vtc
 from vtc.checking import doctor
 from vtc.cli import app
+from vtc.dialect import masks
+from vtc.dialect.arguments import CACHE
 from vtc.engine.entry import EntryStage
 from vtc.engine.lengths import SlotMap
 
@@ -77,6 +79,22 @@ def test_a_fault_ends_in_a_text_to_report(two: None, monkeypatch: pytest.MonkeyP
     assert re.search(r"^llava: model type llava, attention sdpa, largest difference \d\.\de[+-]\d\d$", text, re.M)
     assert "  padded batch, cache: logits differ from pruning by hand by up to" in text
     assert invoke("--json").exit_code == 1
+
+
+def test_a_name_that_moved_is_found(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a release renames the argument for the cache and vtc does not know it yet."""
+    names = CACHE.names
+    object.__setattr__(CACHE, "names", ("kv_store",))
+    masks._builder.cache_clear()
+    try:
+        result = invoke()
+    finally:
+        object.__setattr__(CACHE, "names", names)
+        masks._builder.cache_clear()
+    assert result.exit_code == 1
+    assert "2 FAILED; 0 of 2 models are right" in result.output
+    for words in ("no argument for the key-value cache under a name that vtc knows (kv_store)", "To report it, paste"):
+        assert words in " ".join(result.output.split())
 
 
 def test_an_exception_is_one_line_with_its_type(two: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class Memory:
         """Remember what was heard of an encoder's output."""
         lengths = feature_lengths(output)
         if lengths:
-            self._heard.append((modality, lengths, _sample(output), encoded))
+            self._heard.append((modality, lengths, _fingerprint(output), encoded))
 
     def find(self, modality: str, output: Any) -> Encoded | None:
         """What was heard of an output with the same features."""
@@ -45,12 +45,12 @@ class Memory:
         near = [item for item in reversed([*self._heard]) if item[:2] == (modality, lengths)]
         if not near:
             return None
-        sample = _sample(output)
+        sample = _fingerprint(output)
         same = (encoded for _, _, kept, encoded in near if torch.equal(kept.to(sample), sample))
         return next(same, None)
 
 
-def _sample(output: Any) -> Tensor:
+def _fingerprint(output: Any) -> Tensor:
     """A few numbers of every entry of an encoder's output, copied."""
     ends = [torch.cat([f.flatten()[:8], f.flatten()[-8:]]) for f in features_in(output)]
     return torch.cat(ends).detach().clone()
