@@ -283,7 +283,9 @@ def test_logits_of_a_completion_in_grpo() -> None:
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": batch["pixel_values"], "position_ids": where}
     with vtc.patch(model, "grid", keep=0.5) as patch:
         logits = model(**inputs, logits_to_keep=5).logits
+        last = model(**inputs, logits_to_keep=1).logits
         keep = patch.last_keep or []
+    close(last[0], logits[0, -1:])  # a row that ends in no padding, beside one that does
     seen = torch.cat([stays(batch, keep), torch.ones(2, 4, dtype=torch.bool)], 1) & mask.bool()
     expected = model(**{**inputs, "attention_mask": seen.long()}, logits_to_keep=5).logits
     for row, real in enumerate((mask[:, -5:] > 0).unbind()):

@@ -39,9 +39,12 @@ class Opening:
         FRAME.set(frame)
         call = self.parts.spellings.root.bind(args, kwargs)
         wanted = call[LOGITS]
-        if wanted is None or (isinstance(wanted, int) and wanted < 2):  # all of them, or the last, which is the last
+        if wanted is None or (isinstance(wanted, int) and wanted < 1):
             return None
-        frame.wanted, call[LOGITS] = wanted, 0
+        frame.wanted = wanted
+        if isinstance(wanted, int) and wanted == 1:  # of generate: the last is the last, but for padding on the right
+            return None
+        call[LOGITS] = 0
         return (), call.named
 
     @staticmethod
@@ -111,6 +114,8 @@ class Opening:
             IndexError: one of them was dropped.
         """
         if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None or frame.wanted is None:
+            return None
+        if isinstance(frame.wanted, int) and frame.wanted == 1 and (frame.compaction is None or not frame.pad_right):
             return None
         hidden = modules.last_hidden(output)
         width = hidden.shape[1] if frame.compaction is None else frame.compaction.width
