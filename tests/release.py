@@ -22,6 +22,6 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 
 
 def checkpointing(model: transformers.PreTrainedModel, on: bool) -> None:
-    """Let the model compute activations again in the backward pass, or not. 5.23 renamed what switches it."""
+    """Let the model compute activations again in the backward pass, or not. By 5.23 the switch had another name."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()

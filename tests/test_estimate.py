@@ -53,6 +53,7 @@ PICTURES = {
     "idefics3": (Picture(12, 12), WHOLE),
     "smolvlm": (Picture(12, 12), WHOLE),
     "mistral3": (Picture(12, 16), {}),
+    "ministral3": (Picture(12, 16), {}),
     "gemma3": (Picture(16, 16), {}),
     "gemma3_window8": (Picture(16, 16), {}),
     "gemma4": (Picture(16, 12), SMALL),

@@ -18,6 +18,7 @@ import torch
 from flash import flash_attention
 from release import CACHE, OLD, checkpointing
 from test_generation import generate, prepared, second_turn
+from test_matrix import with_positions
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, get_model, make_batch
@@ -170,7 +171,7 @@ def test_rows_are_those_of_eager_attention(family: str) -> None:
     model.set_attn_implementation("sdpa")
     SEEN.clear()
     with vtc.patch(model, EveryOther(after=(1,))), torch.no_grad():
-        model(**batch)
+        model(**with_positions(family, batch))
     tokens = SEEN[0]
     model.set_attn_implementation("eager")
     image = 0

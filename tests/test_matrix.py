@@ -31,6 +31,11 @@ METHODS = ("divprune", "grid", "random")
 TOLERANCES = {"qwen3_5": 5e-4}
 
 
+# Layers that compute with the positions themselves, not only with their distances. A plain forward numbers the columns,
+# pads too, unless it is told otherwise: on the left that is another prompt, patched or not.
+ABSOLUTE = ("ministral3",)
+
+
 def tolerance(family: str) -> float:
     return TOLERANCES.get(family, 1e-4)
 
@@ -142,7 +147,10 @@ def test_cell(cell: Cell) -> None:
     model, batch = get_model(cell.family), batch_of(cell.family, cell.padding)
     model.set_attn_implementation(cell.backend)
     with vtc.patch(model, cell.method, keep=cell.keep, positions=cell.positions) as patch:
-        result = run(model, batch, cell.cache) if cell.run == "generate" else forward(model, batch, cell.cache)
+        if cell.run == "generate":
+            result = run(model, batch, cell.cache)
+        else:
+            result = forward(model, with_positions(cell.family, batch), cell.cache)
         keep_sets = patch.last_keep
     check_keep_sets(keep_sets, batch, cell.keep)
     group = group_of(cell, model, batch, keep_sets)
@@ -168,8 +176,14 @@ def run(model: Any, batch: Batch, cache: str) -> Any:
 
 
 @torch.no_grad()
-def forward(model: Any, batch: Batch, cache: str) -> Tensor:
+def forward(model: Any, batch: dict[str, Tensor], cache: str) -> Tensor:
     return model(**batch, use_cache=cache == "dynamic").logits
+
+
+def with_positions(family: str, batch: Batch) -> dict[str, Tensor]:
+    """Inputs of a plain forward; where it must be told positions, with those that `generate` makes from the mask."""
+    told = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    return batch | told if family in ABSOLUTE else batch
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing

@@ -23,6 +23,9 @@ from vtc.models import resolve
 
 SCHEDULE: dict[str, Any] = {"layers": (1, 2), "ratios": (0.6, 0.3)}  # the zoo's models are too shallow for the default
 HYBRID = "qwen3_5"
+# Ministral 3 scales its queries, so that softmax magnifies rounding: sdpa and eager attention differ by up to 3e-4,
+# and in float64, where softmax and norms stay fp32, by a sixth of it. A wrong mask or position costs 0.05 and more.
+ROUGH = (HYBRID, "ministral3")
 PREFIX_LM = ("gemma3", "gemma3_window8", "gemma4", "gemma4_bidirectional", "paligemma")
 RUNS = {
     "sdpa": ("sdpa", {}),
@@ -136,7 +139,7 @@ def test_what_is_kept_decides_what_is_said(family: str, name: str, run: str) -> 
         out, stages = generate()
     first, logits, tokens = reference(family, name, stages, batch) if family != HYBRID else hybrid(name, stages, out)
     assert stages == first, "the keep-set depends on how the model runs"
-    torch.testing.assert_close(torch.stack(out.logits, 1), logits, rtol=0, atol=5e-4 if family == HYBRID else 1e-4)
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits, rtol=0, atol=5e-4 if family in ROUGH else 1e-4)
     assert torch.equal(out.sequences[:, -NEW_TOKENS:], tokens)
 
 

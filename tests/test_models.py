@@ -149,13 +149,14 @@ EXPECTED: dict[str, list[Layout]] = {
     "idefics3": pictures_of([(3, 3)] * 5),
     "smolvlm": pictures_of([(3, 3)] * 5),
     "mistral3": pictures_of([(2, 4), (4, 3), (3, 3)]),
+    "ministral3": pictures_of([(2, 4), (4, 3), (3, 3)]),
     "gemma3": pictures_of([(4, 4)] * 3),
     "gemma3_window8": pictures_of([(4, 4)] * 3),
     "gemma4": pictures_of([(2, 3), (3, 4), (3, 2)]),
     "gemma4_bidirectional": pictures_of([(2, 3), (3, 4), (3, 2)]),
     "paligemma": pictures_of([(4, 4)] * 3),
 }
-UNTOLD = {"mistral3", "gemma4", "gemma4_bidirectional"}
+UNTOLD = {"mistral3", "ministral3", "gemma4", "gemma4_bidirectional"}
 """Families whose adapter may leave the grid out (None), but must not make one up."""
 
 
