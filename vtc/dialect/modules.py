@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtc.dialect import caches, masks
@@ -56,7 +57,9 @@ class Spellings:
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper."""
+    """The transformers model inside what torch.compile or PEFT put around it."""
+    while isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
