@@ -252,7 +252,7 @@ class LayerStages:
             if wanted & {"instruction", "text_to_visual"}:
                 mean = rows.mean()
                 signals["instruction"] = inside.per_token(mean)
-                signals["text_to_visual"] = inside.per_image((mean * visual).sum(1))
+                signals["text_to_visual"] = inside.per_image((mean * visual).sum(1).where(text.any(1), torch.nan))
         if "visual_to_text" in wanted:
             if prepared is None:  # causal, and the text is behind: nothing to see
                 signals["visual_to_text"] = inside.per_image(torch.zeros(len(text), device=text.device))

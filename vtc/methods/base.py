@@ -31,6 +31,7 @@ class Stage:
         attention: index, from 0, of the layer whose attention rows make ``instruction``, ``last`` and the two shares;
             its q and k projections are applied to what enters it. Default: the next layer, ``after``.
         transitions: indices, from 0, of the layers whose transitions are summed up to here.
+        removes_all: a sample loses all of its visual tokens here, or none; ``Patch.last_keep`` tells what it had.
     """
 
     after: int
