@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.budget import apportioned, count
-from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, selection
+from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, selection, surviving
 from vtc.methods.divprune import DivPrune
 from vtc.tokens import InsideTokens, Layout, Part, VisualTokens
 
@@ -75,7 +75,7 @@ class Allocator(Method):
     def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
         """That of the selector."""
         assert self.selector is not None
-        return self.selector.keep_inside(index, tokens)
+        return surviving(self.selector, index, tokens)
 
     def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
         """What :meth:`choose` comes to."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vtc.budget import Keep, check_keep, count
+from vtc.methods.returns import check_budget, check_kept, check_picks, check_stages
 from vtc.tokens import InsideTokens, VisualTokens, column
 
 Newlines = Literal["candidates", "keep"]
@@ -119,7 +120,7 @@ class Method(ABC):
         Raises:
             ValueError: with the offending value and what would work.
         """
-        self.stages(facts.depth)
+        check_stages(self, self.stages(facts.depth), facts.depth)
 
     def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
         """Tokens kept of each image."""
@@ -170,19 +171,19 @@ class Method(ABC):
 
     def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
         """Budget, then selection. Arguments and result as :meth:`keep_mask`, but newlines are tokens like any other."""
-        budget = self.budget(tokens)
+        budget = check_budget(self, self.budget(tokens), tokens.lengths)
         if budget == tokens.lengths:
             return tokens.mask, budget
         return selection(self, tokens, budget), budget
 
     def keep_mask(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Which tokens stay: the one call the engine makes. Never waits for the device if :meth:`choose` does not.
+        """Which tokens stay. Never waits for the device if :meth:`choose` does not.
 
         Returns:
             Bool [G, N], True for the tokens that stay (False for padding), and how many that is for each image.
 
         Raises:
-            ValueError: :meth:`select` returned another shape than promised.
+            ValueError: :meth:`select` or :meth:`budget` returned something else than promised.
         """
         if self.newlines == "candidates":
             return self.choose(tokens)
@@ -198,15 +199,34 @@ def selection(method: Method, tokens: VisualTokens, budget: tuple[int, ...]) -> 
     """Bool [G, N]: what a method's :meth:`Method.select` picks.
 
     Raises:
-        ValueError: it returned another shape than promised.
+        ValueError: it returned something else than promised; on CUDA, wrong values of methods that are not vtc's own
+            end in an assertion of the device.
     """
     picks = method.select(tokens, budget)
-    if picks.ndim != 2 or picks.shape[0] != len(budget) or picks.shape[1] < max(budget):
-        raise ValueError(
-            f"{type(method).__name__}.select returned picks of shape {tuple(picks.shape)}, "
-            f"not ({len(budget)}, {max(budget)})"
-        )
+    check_picks(method, picks, budget, tokens.lengths, tokens.features)
     return first_of(picks, budget, tokens.features.shape[1])
+
+
+def entering(method: Method, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
+    """What a method's :meth:`Method.keep_mask` keeps: the one call the engine makes before the language model.
+
+    Raises:
+        ValueError: the method returned something else than promised.
+    """
+    kept = method.keep_mask(tokens)
+    if type(method).keep_mask is Method.keep_mask and type(method).choose is Method.choose:
+        return kept  # looked at already
+    call = "choose" if type(method).keep_mask is Method.keep_mask else "keep_mask"
+    return check_kept(method, call, kept, tokens.mask, tokens.lengths)
+
+
+def surviving(method: Method, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
+    """What a method's :meth:`Method.keep_inside` keeps.
+
+    Raises:
+        ValueError: it returned something else than promised.
+    """
+    return check_kept(method, "keep_inside", method.keep_inside(index, tokens), tokens.alive, tokens.counts)
 
 
 def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc.budget import Keep
-from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method
+from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, surviving
 from vtc.methods.divprune import DivPrune
 from vtc.methods.transprune import TransPrune
 from vtc.tokens import InsideTokens, VisualTokens
@@ -131,7 +131,7 @@ class Chain(Method):
         if depth is None:
             raise RuntimeError("a chain must be settled for a model before its stages run: Method.settle(facts)")
         owner, own, _ = self._stages(depth)[index]
-        return owner.keep_inside(own, tokens)
+        return surviving(owner, own, tokens)
 
     def _stages(self, depth: int) -> list[tuple[Method, int, Stage]]:
         both = [(owner, i, s) for owner in (self.first, self.second) for i, s in enumerate(owner.stages(depth))]

@@ -23,6 +23,7 @@ from vtc.config import CompressionConfig
 from vtc.dialect.modules import without_adapters
 from vtc.methods import Method
 from vtc.methods.allocate import Allocator
+from vtc.methods.base import surviving
 from vtc.methods.chain import Chain
 from vtc.methods.grid import Grid
 from vtc.models import Adapter, Parts, resolve
@@ -313,7 +314,7 @@ def tokens_per_layer(method: Method, layouts: Sequence[Layout], parts: Parts) ->
         }
         samples = (0,) * len(layouts)
         tokens = InsideTokens(features, given.layouts, samples, alive, counts, entered, each)
-        alive, counts = method.keep_inside(index, tokens)
+        alive, counts = surviving(method, index, tokens)
     return present + [sum(counts)] * (depth - at)
 
 
