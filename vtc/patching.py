@@ -40,6 +40,7 @@ from vtc.models.base import MODALITIES
 from vtc.profiling.costs import Decoder
 from vtc.report import Report
 from vtc.tokens import Layout
+from vtc.values import shown
 
 _HANDLE = "_vtc_patch"
 
@@ -246,7 +247,7 @@ def requested(
         given = options if keep is None else {"keep": keep, **options}
         method = make_method(method, **given)
     elif not isinstance(method, (Method, CompressionConfig)):
-        raise TypeError(f"method={method!r} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
+        raise TypeError(f"method={shown(method)} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
     elif keep is not None or options:
         raise TypeError(
             f"keep and options go with a method's name; {type(method).__name__} carries its own "

@@ -14,6 +14,7 @@ from torch import nn
 from vtc.config import CompressionConfig
 from vtc.models import resolve
 from vtc.patching import fitted
+from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
 
 OLDEST, NEWEST = (0, 7, 3), (0, 7, 3)
@@ -55,15 +56,17 @@ def find(base: str, simple: bool) -> type[Any]:
     if base not in known:
         near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval models` lists them"
-        raise ValueError(f"base={base!r} is no model of lmms-eval; {hint}")
+        raise ValueError(f"base={shown(base)} is no model of lmms-eval; {hint}")
     if any(name in base for name in SERVED):
-        raise ValueError(f"base={base!r} runs its model in another program, where it cannot be patched. {_WORKS}")
+        raise ValueError(f"base={shown(base)} runs its model in another program, where it cannot be patched. {_WORKS}")
     try:
         cls = registry.get_model_class(base, force_simple=simple)
     except Exception as error:  # whatever the imports of that module raise
-        raise ValueError(f"base={base!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"base={shown(base)} cannot be imported: {type(error).__name__}: {error}") from error
     if _default(cls, "pretrained") is None:
-        raise ValueError(f"base={base!r} loads no checkpoint by `pretrained`: it is no Hugging Face model. {_WORKS}")
+        raise ValueError(
+            f"base={shown(base)} loads no checkpoint by `pretrained`: it is no Hugging Face model. {_WORKS}"
+        )
     return cls
 
 
@@ -131,4 +134,4 @@ def module_of(lm: Any, base: str) -> nn.Module:
     for name in ("model", "_model"):
         if isinstance(model := getattr(lm, name, None), nn.Module):
             return model
-    raise ValueError(f"base={base!r} holds no torch model that could be patched. {_WORKS}")
+    raise ValueError(f"base={shown(base)} holds no torch model that could be patched. {_WORKS}")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
 from vtc_lmms_eval.arguments import UNPRUNED, Asked, split
 
@@ -137,7 +138,9 @@ def plan(methods: Sequence[str], keeps: Sequence[str], options: Sequence[str], t
         found += [Run(label, keep, task, pruning) for label, keep, pruning in entries for task in tasks]
     for option in options:
         if option.split(".", 1)[0] not in methods or "=" not in option or "." not in option.split("=", 1)[0]:
-            raise ValueError(f"--option {option!r} is not METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
+            raise ValueError(
+                f"--option {shown(option)} is not METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}"
+            )
     return list(dict.fromkeys(found))
 
 

@@ -21,6 +21,7 @@ from vtc.commands.shared import (
     parse_size,
     pick_device,
 )
+from vtc.values import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,7 +134,7 @@ def _load(
     if (model is None) == (random_weights is None):
         raise ValueError("name a checkpoint, or a config with --random-weights CONFIG; exactly one of them")
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"--dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {shown(dtype)} is none of auto, {', '.join(DTYPES)}")
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     if random_weights is not None:
         vlm, processor, name = random_model(random_weights, device, kind), None, f"random:{random_weights}"

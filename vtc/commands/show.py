@@ -19,6 +19,7 @@ from vtc.commands.shared import (
     clear_errors,
     pick_device,
 )
+from vtc.values import shown
 
 PICTURES, ANIMATIONS, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".gif",), (".html", ".htm")
 
@@ -89,6 +90,6 @@ def show(
 def _check_out(out: Path) -> None:
     kinds = (*PICTURES, *ANIMATIONS, *PAGES)
     if out.suffix.lower() not in kinds:
-        raise ValueError(f"--out {str(out)!r} ends in none of {', '.join(kinds)}")
+        raise ValueError(f"--out {shown(str(out))} ends in none of {', '.join(kinds)}")
     if not out.resolve().parent.is_dir():
-        raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
+        raise ValueError(f"--out {shown(str(out))}: there is no folder {shown(str(out.resolve().parent))}")

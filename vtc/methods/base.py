@@ -15,6 +15,7 @@ from torch import Tensor
 from vtc.budget import Keep, check_keep, count
 from vtc.methods.returns import check_budget, check_kept, check_picks, check_stages
 from vtc.tokens import InsideTokens, VisualTokens, column
+from vtc.values import shown
 
 Newlines = Literal["candidates", "keep"]
 M = TypeVar("M", bound="type[Method]")
@@ -84,7 +85,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))  # a NumPy number becomes a plain one
         if self.newlines not in ("candidates", "keep"):
-            raise ValueError(f"newlines={self.newlines!r} is neither 'candidates' nor 'keep'")
+            raise ValueError(f"newlines={shown(self.newlines)} is neither 'candidates' nor 'keep'")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -267,9 +268,9 @@ def register_method(cls: M) -> M:
     """
     name = getattr(cls, "name", None)
     if not name or name != name.lower():
-        raise ValueError(f"{cls.__name__}.name={name!r}: a method needs a lower-case name")
+        raise ValueError(f"{cls.__name__}.name={shown(name)}: a method needs a lower-case name")
     if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
-        raise ValueError(f"a method named {name!r} exists already: {_REGISTRY[name].__qualname__}")
+        raise ValueError(f"a method named {shown(name)} exists already: {_REGISTRY[name].__qualname__}")
     _REGISTRY[name] = cls
     return cls
 
@@ -285,7 +286,7 @@ def method_class(name: str) -> type[Method]:
     except KeyError:
         near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(list_methods())}"
-        raise ValueError(f"unknown method {name!r}; {hint}") from None
+        raise ValueError(f"unknown method {shown(name)}; {hint}") from None
 
 
 def make_method(name: str, **options: Any) -> Method:
@@ -293,7 +294,7 @@ def make_method(name: str, **options: Any) -> Method:
     cls = method_class(name)
     known = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"{name} has no option {', '.join(map(repr, unknown))}; its options: {', '.join(known)}")
+        raise TypeError(f"{name} has no option {', '.join(map(shown, unknown))}; its options: {', '.join(known)}")
     return cls(**options)
 
 

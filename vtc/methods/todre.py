@@ -12,6 +12,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.methods.base import Method, Stage, image_seed, register_method
 from vtc.tokens import InsideTokens, VisualTokens
+from vtc.values import flag, share, shown, whole
 
 
 @register_method
@@ -74,13 +75,16 @@ class ToDRE(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in ("max_sum", "k_center"):
-            raise ValueError(f"variant={self.variant!r} is neither 'max_sum' nor 'k_center'")
+            raise ValueError(f"variant={shown(self.variant)} is neither 'max_sum' nor 'k_center'")
         if self.pivot not in ("cls", "random"):
-            raise ValueError(f"pivot={self.pivot!r} is neither 'cls' nor 'random'")
-        if self.layer is not None and self.layer < 1:
-            raise ValueError(f"layer={self.layer!r} must be at least 1: it counts the layers that run before stage 2")
-        if not 0.0 < self.tau <= 1.0:
-            raise ValueError(f"tau={self.tau!r} is a share of attention and must lie in (0, 1]")
+            raise ValueError(f"pivot={shown(self.pivot)} is neither 'cls' nor 'random'")
+        flag("stage2", self.stage2)
+        object.__setattr__(self, "seed", whole("seed", self.seed, "it may be any int"))
+        if self.layer is not None:
+            rule = "it counts the layers that run before stage 2, at least 1"
+            object.__setattr__(self, "layer", whole("layer", self.layer, rule, least=1))
+        rule = "it is a share of attention and must lie in (0, 1]"
+        object.__setattr__(self, "tau", share("tau", self.tau, rule, zero=False))
 
     @property
     def query_aware(self) -> bool:  # type: ignore[override]
@@ -109,7 +113,7 @@ class ToDRE(Method):
             return ()
         after = 7 * depth // 8 if self.layer is None else self.layer
         if not 1 <= after < depth:
-            what = f"7/8 of {depth} layers is layer {after}" if self.layer is None else f"layer={self.layer!r}"
+            what = f"7/8 of {depth} layers is layer {after}" if self.layer is None else f"layer={shown(self.layer)}"
             raise ValueError(
                 f"{what}: stage 2 of todre needs a layer in [1, {depth - 1}] of this model's {depth}; "
                 "leave stage2 out to do without"

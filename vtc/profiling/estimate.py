@@ -34,6 +34,7 @@ from vtc.profiling.costs import Cost, Decoder, Encoder
 from vtc.profiling.devices import Device, device_of
 from vtc.profiling.images import Feed, Picture, feed_of, tower_of
 from vtc.tokens import InsideTokens, Layout, VisualTokens
+from vtc.values import shown
 
 
 @dataclass(frozen=True)
@@ -367,13 +368,13 @@ def _layouts(adapter: Adapter, parts: Parts, picture: Picture, feed: Feed) -> li
 
 def _pair(image: Any) -> tuple[int, int]:
     if not isinstance(image, (tuple, list)) or len(image) != 2:
-        raise TypeError(f"image={image!r} is no (width, height)")
+        raise TypeError(f"image={shown(image)} is no (width, height)")
     return image[0], image[1]
 
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is no whole number")
+        raise TypeError(f"{name}={shown(value)} is no whole number")
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
 
