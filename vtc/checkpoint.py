@@ -80,18 +80,18 @@ class Answer:
 
 
 def open_image(path: Path) -> Image:
-    """The picture as RGB.
+    """The picture as RGB, upright as its EXIF orientation says: as transformers' ``load_image`` opens it.
 
     Raises:
         ValueError: there is no such file, or it is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not os.path.isfile(path):
         raise ValueError(f"there is no image file {shown(str(path))}")
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{shown(str(path))} is not an image that Pillow can read") from None
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from vtc.files import write_text
 from vtc.methods.base import Method, list_methods, method_class
 from vtc.methods.importance import Importance, importance_class
 from vtc.values import shown
@@ -113,11 +114,14 @@ class CompressionConfig:
         return cls(**{**data, "options": options})
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``vtc_config.json`` into a folder (made if missing), beside a model's own files; returns its path."""
+        """Write ``vtc_config.json`` into a folder (made if missing), beside a model's own files; returns its path.
+
+        Whole or not at all: whoever reads it meanwhile sees the old one.
+        """
         path = Path(directory) / self.FILE_NAME
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
         return path
 
     @classmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
+import textwrap
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -92,6 +94,41 @@ def placed(cls: type[Any], arguments: Mapping[str, Any], processes: int) -> dict
     if "device_map" not in arguments and _default(cls, "device_map") == "" and (processes == 1 or device == "cpu"):
         return {**arguments, "device_map": device}
     return dict(arguments)
+
+
+def check_batch(cls: type[Any], base: str, batch: Any) -> None:
+    """Refuse a batch size that the base takes one sample of: most say so by an assertion, after the weights are loaded.
+
+    Args:
+        cls: of the base.
+        base: its id.
+        batch: the batch size, as lmms-eval hands it over.
+
+    Raises:
+        ValueError: the base asserts ``batch_size == 1`` somewhere, and this is more.
+    """
+    if not str(batch).strip().isdecimal() or int(batch) <= 1:
+        return
+    for name, function in inspect.getmembers(cls, inspect.isfunction):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, SyntaxError):
+            continue
+        if any(isinstance(node, ast.Assert) and _wants_one(node.test) for node in ast.walk(tree)):
+            raise ValueError(
+                f"base={base!r} takes one sample at a time (its {name} asserts a batch size of 1, in lmms-eval "
+                f"{version('lmms-eval')}), not --batch_size {batch}. What would work: --batch_size 1, or a base that "
+                "takes batches, such as qwen2_5_vl"
+            )
+
+
+def _wants_one(test: ast.expr) -> bool:
+    """Whether an expression says that some ``batch_size`` is 1."""
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq):
+        return False
+    sides = test.left, test.comparators[0]
+    names = [getattr(side, "attr", getattr(side, "id", "")) for side in sides]
+    return any("batch_size" in str(n) for n in names) and any(getattr(side, "value", None) == 1 for side in sides)
 
 
 def check_family(cls: type[Any], arguments: Mapping[str, Any], config: CompressionConfig | None) -> None:

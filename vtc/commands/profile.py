@@ -274,6 +274,7 @@ def _ms(spread: Spread | None, which: str = "median") -> str:
 def _write(measured: list[Measurement], about: dict[str, str], out: Path, console: Any) -> list[Path]:
     import json
 
+    from vtc.files import write_text
     from vtc.profiling.chart import save_bars
     from vtc.profiling.ledger import Ledger
 
@@ -290,6 +291,6 @@ def _write(measured: list[Measurement], about: dict[str, str], out: Path, consol
         return [ledger.path]
     document, chart = out / "profile.json", out / "profile.png"
     measurements = [row_of(each) for each in measured]
-    document.write_text(json.dumps({**about, "measurements": measurements}, indent=1) + "\n", encoding="utf-8")
+    write_text(document, json.dumps({**about, "measurements": measurements}, indent=1) + "\n")
     save_bars(measured, chart, f"{about['model']}, {about['workload']}\n{about['device']}, {about['dtype']}")
     return [document, ledger.path, chart]

@@ -19,6 +19,7 @@ from vtc.commands.shared import (
     clear_errors,
     pick_device,
 )
+from vtc.files import replacing, write_text
 from vtc.values import shown
 
 PICTURES, ANIMATIONS, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".gif",), (".html", ".htm")
@@ -71,15 +72,17 @@ def show(
         report = handle.report()
         settings = {"picks": picks if order else None, "size": size, "caption": caption}
         if out.suffix.lower() in ANIMATIONS:
-            viz.save_animation(viz.animate(handle, inputs, checkpoint.processor, **settings), out)
+            with replacing(out) as written:
+                viz.save_animation(viz.animate(handle, inputs, checkpoint.processor, **settings), written)
         else:
             drawing = viz.show(handle, inputs, checkpoint.processor, **settings)
             if out.suffix.lower() in PICTURES:
-                drawing.save(out)
+                with replacing(out) as written:
+                    drawing.save(written)
             else:
                 moving = viz.animate(handle, inputs, checkpoint.processor, **settings)
                 drawings = [("kept visual tokens", drawing), ("kept visual tokens, one stage after the other", moving)]
-                out.write_text(page(f"{method}, keep {keep}: {image.name}", report, drawings), encoding="utf-8")
+                write_text(out, page(f"{method}, keep {keep}: {image.name}", report, drawings))
         typer.echo(str(report))
         segments = [s for own in handle.last_layouts or [] for layout in own for s in layout.segments]
         if any(segment.grid is None and segment.kind != "newline" for segment in segments):
