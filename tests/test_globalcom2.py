@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_ops import NoSync
 
 from vtc import ops
+from vtc.methods import returns
 from vtc.methods.base import ModelFacts
 from vtc.methods.divprune import DivPrune
 from vtc.methods.globalcom2 import GlobalCom2, distance
@@ -227,6 +228,7 @@ def test_only_the_shares_are_waited_for(selector, monkeypatch):
     real = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append(self.shape) or real(self))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a second wait"))
+    monkeypatch.setattr(returns, "_looks", lambda method, device: False)  # as on a GPU
     tokens = tokens_of(*SHAPES, video(3, 9), alone())
     with NoSync():
         GlobalCom2(keep=0.3, scores="logits", selector=selector).keep_mask(tokens)

@@ -124,6 +124,43 @@ def test_an_empty_device_map_is_filled_in(given, processes, device_map):
     assert bases.placed(Chat, given, processes).get("device_map") == device_map
 
 
+class OneAtATime:
+    """As lmms-eval's llava_hf: the assertion comes after the weights."""
+
+    def __init__(self, pretrained="x", batch_size=1):
+        self.batch_size_per_gpu = int(batch_size)
+
+    def generate_until(self, requests):
+        assert self.batch_size_per_gpu == 1, "Do not support batch_size_per_gpu > 1 for now"
+
+
+class InTheConstructor:
+    """As internvl_hf."""
+
+    def __init__(self, pretrained="x", batch_size=1):
+        batch_size_int = int(batch_size)
+        assert batch_size_int == 1, f"Batch size should be 1, but got {batch_size_int}."
+
+
+class Batches(OneAtATime):
+    """As qwen2_5_vl; what it inherits and replaces does not count, nor does a remark."""
+
+    def generate_until(self, requests):
+        # assert self.batch_size_per_gpu == 1
+        assert len(requests) == 1 or self.batch_size_per_gpu > 0
+
+
+@pytest.mark.parametrize("batch", [8, "8"])
+@pytest.mark.parametrize("base", [OneAtATime, InTheConstructor])
+def test_a_base_that_takes_no_batches_says_so_before_its_weights_are_loaded(base, batch, monkeypatch):
+    monkeypatch.setattr(bases, "version", lambda name: "0.7.3")
+    with pytest.raises(ValueError, match=r"base='one' takes one sample at a time.* not --batch_size 8.*batch_size 1"):
+        bases.check_batch(base, "one", batch)
+    for fine in (1, "1", "auto", None):
+        bases.check_batch(base, "one", fine)
+    bases.check_batch(Batches, "many", batch)
+
+
 def test_the_familys_verdict_needs_no_weights(tmp_path):
     config = json.loads((vtc_tinyvlm.CHECKPOINT / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))  # and nothing else

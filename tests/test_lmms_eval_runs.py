@@ -92,6 +92,15 @@ def test_another_base_in_batches(folder, tmp_path):
     assert (numbers["avg_vtc_visual_tokens_before"], numbers["avg_vtc_visual_tokens_after"]) == (64, 16)
 
 
+@pytest.mark.parametrize("base", ["llava_hf", "internvl_hf"])
+def test_a_base_without_batches_is_refused_before_its_weights(folder, base, monkeypatch):
+    """In lmms-eval 0.7.3 these assert it when the first answer is wanted."""
+    arguments = model_args(folder, "method=divprune,keep=0.25").replace("base=llava_hf", f"base={base}")
+    monkeypatch.setattr(ours.bases, "check_family", lambda *given: pytest.fail("too late"))
+    with pytest.raises(ours.EvaluationStopped, match=rf"base='{base}' takes one sample at a time.*batch_size 8"):
+        ours.VtcChat.create_from_arg_string(arguments, {"device": "cpu", "batch_size": 8})
+
+
 def test_afterwards_the_model_is_free(folder):
     lm = ours.VtcChat.create_from_arg_string(model_args(folder, "method=divprune,keep=0.25"), {"device": "cpu"})
     model = lm.model

@@ -248,7 +248,7 @@ def test_layers_outside_the_model_are_refused():
 
 def test_stage_2_stands_after_seven_eighths():
     shares = frozenset({"text_to_visual", "visual_to_text"})
-    assert STAGE2.stages(32) == (Stage(28, shares, attention=27),)
+    assert STAGE2.stages(32) == (Stage(28, shares, attention=27, removes_all=True),)
     assert [STAGE2.stages(depth)[0].after for depth in (28, 24, 4, 3, 2)] == [24, 21, 3, 2, 1]
     assert ToDRE(stage2=True, layer=5).stages(8)[0].after == 5
     assert ToDRE().stages(32) == ()

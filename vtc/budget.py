@@ -6,10 +6,11 @@ everything; the int 1 is one token.
 
 from __future__ import annotations
 
-import math
 import numbers
 import warnings
 from collections.abc import Sequence
+
+from vtc.values import as_float, shown
 
 Keep = float | int
 
@@ -23,16 +24,17 @@ def check_keep(keep: Keep) -> Keep:
     """
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise TypeError(
-            f"keep={keep!r} is not a number; give a float in (0, 1] (a fraction) or an int >= 1 (tokens per image)"
+            f"keep={shown(keep)} is not a number; give a float in (0, 1] (a fraction) or an int >= 1 (tokens per image)"
         )
     if isinstance(keep, numbers.Integral):
         if keep < 1:
-            raise ValueError(f"keep={keep!r} as an int counts the tokens kept per image and must be at least 1")
+            raise ValueError(f"keep={shown(keep)} as an int counts the tokens kept per image and must be at least 1")
         return int(keep)
-    if math.isnan(keep) or not 0.0 < keep <= 1.0:
-        hint = f"; for {int(keep)} tokens per image write keep={int(keep)}" if keep > 1 and math.isfinite(keep) else ""
-        raise ValueError(f"keep={keep!r} as a float is the fraction kept and must lie in (0, 1]{hint}")
-    return float(keep)
+    value = as_float(keep)
+    if not 0.0 < value <= 1.0:
+        hint = f"; for {int(value)} tokens per image write keep={int(value)}" if 1.0 < value < 1e9 else ""
+        raise ValueError(f"keep={shown(keep)} as a float is the fraction kept and must lie in (0, 1]{hint}")
+    return value
 
 
 def count(keep: Keep, n: int) -> int:
@@ -43,14 +45,16 @@ def count(keep: Keep, n: int) -> int:
     """
     if isinstance(keep, int):
         if keep > n:
-            warnings.warn(f"keep={keep} is more than the {n} visual tokens of an image: all are kept", stacklevel=2)
+            warnings.warn(
+                f"keep={shown(keep)} is more than the {n} visual tokens of an image: all are kept", stacklevel=2
+            )
         return min(keep, n)
     return min(n, max(1, round(keep * n)))
 
 
 def share(keep: Keep, n: int) -> float:
     """``keep`` as a fraction of ``n`` tokens, in (0, 1]."""
-    return keep if isinstance(keep, float) else min(1.0, keep / max(n, 1))
+    return keep if isinstance(keep, float) else min(keep, max(n, 1)) / max(n, 1)
 
 
 def truncated(share: float, n: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from vtc.config import CompressionConfig
 from vtc.patching import Patch, patch
 from vtc.tokens import Layout, Segment
+from vtc.values import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,20 +80,20 @@ class Answer:
 
 
 def open_image(path: Path) -> Image:
-    """The picture as RGB.
+    """The picture as RGB, upright as its EXIF orientation says: as transformers' ``load_image`` opens it.
 
     Raises:
         ValueError: there is no such file, or it is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not path.is_file():
-        raise ValueError(f"there is no image file {str(path)!r}")
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no image file {shown(str(path))}")
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except UnidentifiedImageError:
-        raise ValueError(f"{str(path)!r} is not an image that Pillow can read") from None
+        raise ValueError(f"{shown(str(path))} is not an image that Pillow can read") from None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Checkpoint:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype={shown(dtype)} is none of {', '.join(DTYPES)}")
         processor = AutoProcessor.from_pretrained(name)
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
         return cls(model.to(device).eval(), processor)

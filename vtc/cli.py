@@ -40,6 +40,7 @@ from vtc.commands.shared import (
 from vtc.commands.show import show
 from vtc.commands.sweep import sweep
 from vtc.commands.tune import tune
+from vtc.files import replacing
 
 __all__ = ["app", "main", "parse_keep"]
 
@@ -115,7 +116,8 @@ def run(
         share = answer.kept / max(1, answer.total)
         typer.echo(f"[{answer.kept} of {answer.total} visual tokens kept, {share:.1%}]", err=True)
         if overlay is not None:
-            answer.draw(picture).save(overlay)
+            with replacing(overlay) as written:
+                answer.draw(picture).save(written)
             typer.echo(f"[kept tokens drawn on {overlay}]", err=True)
 
 

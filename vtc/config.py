@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from vtc.files import write_text
 from vtc.methods.base import Method, list_methods, method_class
 from vtc.methods.importance import Importance, importance_class
+from vtc.values import shown
 
 Positions = Literal["original", "compact"]
 
@@ -48,17 +50,19 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.version, bool) or not isinstance(self.version, int) or self.version < 1:
-            raise ValueError(f"version={self.version!r} is not a version of the config format; this vtc writes 1")
+            raise ValueError(f"version={shown(self.version)} is not a version of the config format; this vtc writes 1")
         if self.version > self.VERSION:
             raise ValueError(
                 f"config version {self.version} is newer than {self.VERSION}, the newest this vtc reads; update vtc"
             )
         if self.positions not in ("original", "compact"):
-            raise ValueError(f"positions={self.positions!r} is neither 'original' nor 'compact'")
+            raise ValueError(f"positions={shown(self.positions)} is neither 'original' nor 'compact'")
         if not isinstance(self.method, str):
-            raise ValueError(f"method={self.method!r} is not the name of a method; see CompressionConfig.of(method)")
+            raise ValueError(
+                f"method={shown(self.method)} is not the name of a method; see CompressionConfig.of(method)"
+            )
         if not isinstance(self.options, Mapping):
-            raise ValueError(f"options={self.options!r} is not a mapping of option names to values")
+            raise ValueError(f"options={shown(self.options)} is not a mapping of option names to values")
         object.__setattr__(self, "options", dict(self.options))
         self.build()  # refuses what is wrong while the caller is still near
 
@@ -93,7 +97,7 @@ class CompressionConfig:
             ValueError: no mapping, no version or method, or anything this class refuses.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"a config is a mapping, not {data!r}")
+            raise ValueError(f"a config is a mapping, not {shown(data)}")
         version = data.get("version")
         if isinstance(version, int) and version > cls.VERSION:  # before the fields: newer formats may have others
             raise ValueError(
@@ -103,18 +107,21 @@ class CompressionConfig:
         _refuse_unknown("a config", "field", data, known)
         for name in ("version", "method"):
             if name not in data:
-                raise ValueError(f"the config {dict(data)!r} has no {name!r}")
+                raise ValueError(f"the config {shown(dict(data))} has no {shown(name)}")
         if not isinstance(data.get("options", {}), Mapping):
-            raise ValueError(f"options={data['options']!r} is not a mapping of option names to values")
+            raise ValueError(f"options={shown(data['options'])} is not a mapping of option names to values")
         options = {name: _decode(value) for name, value in data.get("options", {}).items()}
         return cls(**{**data, "options": options})
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``vtc_config.json`` into a folder (made if missing), beside a model's own files; returns its path."""
+        """Write ``vtc_config.json`` into a folder (made if missing), beside a model's own files; returns its path.
+
+        Whole or not at all: whoever reads it meanwhile sees the old one.
+        """
         path = Path(directory) / self.FILE_NAME
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
         return path
 
     @classmethod
@@ -126,8 +133,10 @@ class CompressionConfig:
             ValueError: it is not JSON, or not a config; the message names the file.
         """
         path = Path(directory) / cls.FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"no {cls.FILE_NAME} in {os.fspath(directory)!r}; save_pretrained() writes one")
+        if not os.path.isfile(path):  # unlike Path.is_file, whatever the system thinks of the name
+            raise FileNotFoundError(
+                f"no {cls.FILE_NAME} in {shown(os.fspath(directory))}; save_pretrained() writes one"
+            )
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
@@ -136,14 +145,16 @@ class CompressionConfig:
 
 def _refuse_unknown(what: str, kind: str, given: Mapping[str, Any], known: list[str]) -> None:
     if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"{what} has no {kind} {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        raise ValueError(f"{what} has no {kind} {', '.join(map(shown, unknown))}; known: {', '.join(known)}")
 
 
 def _check_registered(method: Method) -> None:
     cls = type(method)
     name = getattr(cls, "name", None)
     if name not in list_methods() or method_class(name) is not cls:
-        raise ValueError(f"{cls.__name__} is not registered under name={name!r}; decorate it with @register_method")
+        raise ValueError(
+            f"{cls.__name__} is not registered under name={shown(name)}; decorate it with @register_method"
+        )
 
 
 def _options_of(method: Method) -> dict[str, Any]:
@@ -152,7 +163,7 @@ def _options_of(method: Method) -> dict[str, Any]:
 
 def _build(name: str, options: Mapping[str, Any]) -> Method:
     cls = method_class(name)
-    _refuse_unknown(f"method {name!r}", "option", options, [f.name for f in dataclasses.fields(cls) if f.init])
+    _refuse_unknown(f"method {shown(name)}", "option", options, [f.name for f in dataclasses.fields(cls) if f.init])
     return cls(**options)
 
 
@@ -169,7 +180,7 @@ def _encode(value: Any, name: str) -> Any:
         return [_encode(v, name) for v in value]
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
-    raise ValueError(f"option {name}={value!r} of type {type(value).__name__} has no place in a config")
+    raise ValueError(f"option {name}={shown(value)} of type {type(value).__name__} has no place in a config")
 
 
 def _decode(value: Any) -> Any:
@@ -177,15 +188,15 @@ def _decode(value: Any) -> Any:
         _refuse_unknown("a nested importance", "field", value, ["importance", "options"])
         name, options = value["importance"], value.get("options", {})
         if not isinstance(name, str) or not isinstance(options, Mapping):
-            raise ValueError(f"{dict(value)!r} does not describe an importance")
+            raise ValueError(f"{shown(dict(value))} does not describe an importance")
         kind = importance_class(name)
-        _refuse_unknown(f"importance {name!r}", "option", options, [f.name for f in dataclasses.fields(kind)])
+        _refuse_unknown(f"importance {shown(name)}", "option", options, [f.name for f in dataclasses.fields(kind)])
         return kind(**{n: _decode(v) for n, v in options.items()})
     if isinstance(value, Mapping):
         _refuse_unknown("a nested method", "field", value, ["method", "options"])
         name, options = value.get("method"), value.get("options", {})
         if not isinstance(name, str) or not isinstance(options, Mapping):
-            raise ValueError(f"{dict(value)!r} does not describe a method")
+            raise ValueError(f"{shown(dict(value))} does not describe a method")
         return _build(name, {n: _decode(v) for n, v in options.items()})
     if isinstance(value, list):
         return tuple(_decode(v) for v in value)

@@ -39,6 +39,7 @@ from vtc.models.base import MODALITIES
 from vtc.profiling.costs import Decoder
 from vtc.report import Report
 from vtc.tokens import Layout
+from vtc.values import shown
 
 _HANDLE = "_vtc_patch"
 
@@ -66,16 +67,18 @@ class Patch:
     def last_keep(self) -> list[list[Tensor]] | None:
         """What stayed in the last prefill: a list over samples of lists over images of LongTensor [k] (on the host).
 
-        Each holds the kept indices among that image's visual tokens (newlines counted), ascending. Beams count as
-        samples of their own. For a method with stages inside the language model these are the survivors of the last
-        one, but for a stage that removes everything visual (ToDRE's second), which only :attr:`last_stages` shows.
-        ``None`` before the first prompt with an image. Reading it waits for the device.
+        Each holds the kept indices among that image's visual tokens (newlines counted), ascending; beams count as
+        samples. For a method with stages inside the language model these are the survivors of the last one that left
+        any: where everything visual went (ToDRE's second), only :attr:`last_stages` shows it. ``None`` before the
+        first prompt with an image. Reading it waits for the device.
         """
         if self.stage.last is None:
             return None
-        entry, *inside = self.stage.last.kept()
-        stages = zip(inside, self.stage.layers.stages, strict=False)
-        return next((kept for (_, kept), stage in reversed([*stages]) if not stage.removes_all), entry[1])
+        every = [kept for _, kept in self.stage.last.kept()]
+        found, stages = every[-1], zip(self.stage.layers.stages, every, every[1:], strict=False)
+        for had, left in [(had, left) for stage, had, left in stages if stage.removes_all][::-1]:
+            found = [row if any(map(len, b)) else a for row, a, b in zip(found, had, left, strict=True)]
+        return found
 
     @property
     def last_stages(self) -> list[tuple[int, list[list[Tensor]]]]:
@@ -91,7 +94,7 @@ class Patch:
             return
         self._warned = True
         given = sum(self.stage.last.plan.given)
-        left = sum(len(kept) for images in self.last_keep or [] for kept in images)
+        left = sum(len(kept) for images in self.last_stages[-1][1] for kept in images)
         warnings.warn(
             f"{self.method.name} chose by the earlier question: {given - left} of {given} visual tokens are gone from "
             "this cache, and the new question may be about them. Start a new cache, or use a method that is blind to "
@@ -243,7 +246,7 @@ def requested(
         given = options if keep is None else {"keep": keep, **options}
         method = make_method(method, **given)
     elif not isinstance(method, (Method, CompressionConfig)):
-        raise TypeError(f"method={method!r} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
+        raise TypeError(f"method={shown(method)} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
     elif keep is not None or options:
         raise TypeError(
             f"keep and options go with a method's name; {type(method).__name__} carries its own "

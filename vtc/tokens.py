@@ -273,7 +273,8 @@ class InsideTokens:
         signals: what the stage asked for, float32. Per token [G, N], 0 where not alive: ``instruction`` (attention of
             the text behind the last image, averaged over heads and those rows), ``last`` (of the last row alone),
             ``transition`` (what :meth:`Method.transition` returned, summed over modules and layers so far). Per image
-            [G], equal within a sample: ``text_to_visual`` and ``visual_to_text``, shares of attention.
+            [G], equal within a sample: ``text_to_visual`` and ``visual_to_text``, shares of attention; the first is NaN
+            where no text stands behind the last image.
     """
 
     features: Tensor

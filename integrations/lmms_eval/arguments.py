@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vtc.config import CompressionConfig
+from vtc.values import shown
 
 UNPRUNED = "none"
 OPTION = "method."
@@ -55,7 +57,7 @@ def split(arguments: Mapping[str, Any]) -> Asked:
     """
     base = arguments.get("base")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"model_args need base=ID, a model id of lmms-eval such as llava_hf, not base={base!r}")
+        raise ValueError(f"model_args need base=ID, a model id of lmms-eval such as llava_hf, not base={shown(base)}")
     rest = {name: value for name, value in arguments.items() if name not in OURS and not name.startswith(OPTION)}
     return Asked(base, _config({name: value for name, value in arguments.items() if name not in rest}), rest)
 
@@ -97,10 +99,12 @@ def read_config(path: Path) -> CompressionConfig:
         FileNotFoundError: it is not there.
         ValueError: it is no config; the message names the file.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return CompressionConfig.from_pretrained(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"vtc_config={path}: no such file; CompressionConfig.save_pretrained writes one")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"vtc_config={shown(str(path))}: no such file; CompressionConfig.save_pretrained writes one"
+        )
     try:
         return CompressionConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:

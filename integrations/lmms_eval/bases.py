@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
+import textwrap
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 from vtc.config import CompressionConfig
 from vtc.models import resolve
 from vtc.patching import fitted
+from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
 
 OLDEST, NEWEST = (0, 7, 3), (0, 7, 3)
@@ -55,15 +58,17 @@ def find(base: str, simple: bool) -> type[Any]:
     if base not in known:
         near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`lmms-eval models` lists them"
-        raise ValueError(f"base={base!r} is no model of lmms-eval; {hint}")
+        raise ValueError(f"base={shown(base)} is no model of lmms-eval; {hint}")
     if any(name in base for name in SERVED):
-        raise ValueError(f"base={base!r} runs its model in another program, where it cannot be patched. {_WORKS}")
+        raise ValueError(f"base={shown(base)} runs its model in another program, where it cannot be patched. {_WORKS}")
     try:
         cls = registry.get_model_class(base, force_simple=simple)
     except Exception as error:  # whatever the imports of that module raise
-        raise ValueError(f"base={base!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"base={shown(base)} cannot be imported: {type(error).__name__}: {error}") from error
     if _default(cls, "pretrained") is None:
-        raise ValueError(f"base={base!r} loads no checkpoint by `pretrained`: it is no Hugging Face model. {_WORKS}")
+        raise ValueError(
+            f"base={shown(base)} loads no checkpoint by `pretrained`: it is no Hugging Face model. {_WORKS}"
+        )
     return cls
 
 
@@ -89,6 +94,41 @@ def placed(cls: type[Any], arguments: Mapping[str, Any], processes: int) -> dict
     if "device_map" not in arguments and _default(cls, "device_map") == "" and (processes == 1 or device == "cpu"):
         return {**arguments, "device_map": device}
     return dict(arguments)
+
+
+def check_batch(cls: type[Any], base: str, batch: Any) -> None:
+    """Refuse a batch size that the base takes one sample of: most say so by an assertion, after the weights are loaded.
+
+    Args:
+        cls: of the base.
+        base: its id.
+        batch: the batch size, as lmms-eval hands it over.
+
+    Raises:
+        ValueError: the base asserts ``batch_size == 1`` somewhere, and this is more.
+    """
+    if not str(batch).strip().isdecimal() or int(batch) <= 1:
+        return
+    for name, function in inspect.getmembers(cls, inspect.isfunction):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, SyntaxError):
+            continue
+        if any(isinstance(node, ast.Assert) and _wants_one(node.test) for node in ast.walk(tree)):
+            raise ValueError(
+                f"base={base!r} takes one sample at a time (its {name} asserts a batch size of 1, in lmms-eval "
+                f"{version('lmms-eval')}), not --batch_size {batch}. What would work: --batch_size 1, or a base that "
+                "takes batches, such as qwen2_5_vl"
+            )
+
+
+def _wants_one(test: ast.expr) -> bool:
+    """Whether an expression says that some ``batch_size`` is 1."""
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq):
+        return False
+    sides = test.left, test.comparators[0]
+    names = [getattr(side, "attr", getattr(side, "id", "")) for side in sides]
+    return any("batch_size" in str(n) for n in names) and any(getattr(side, "value", None) == 1 for side in sides)
 
 
 def check_family(cls: type[Any], arguments: Mapping[str, Any], config: CompressionConfig | None) -> None:
@@ -131,4 +171,4 @@ def module_of(lm: Any, base: str) -> nn.Module:
     for name in ("model", "_model"):
         if isinstance(model := getattr(lm, name, None), nn.Module):
             return model
-    raise ValueError(f"base={base!r} holds no torch model that could be patched. {_WORKS}")
+    raise ValueError(f"base={shown(base)} holds no torch model that could be patched. {_WORKS}")

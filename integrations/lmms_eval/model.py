@@ -67,6 +67,7 @@ def build(asked: Asked, given: dict[str, Any], simple: bool = False) -> Any:
     """
     cls = bases.find(asked.base, simple)
     arguments = bases.placed(cls, {**asked.rest, **given}, int(os.environ.get("WORLD_SIZE", "1")))
+    bases.check_batch(cls, asked.base, arguments.get("batch_size", 1))
     bases.check_family(cls, arguments, asked.config)
     lm = cls(**arguments)
     Watch(lm, bases.module_of(lm, asked.base), asked)

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtc.files import replacing, write_text
+from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
 from vtc_lmms_eval.arguments import UNPRUNED, Asked, split
 
@@ -137,7 +139,9 @@ def plan(methods: Sequence[str], keeps: Sequence[str], options: Sequence[str], t
         found += [Run(label, keep, task, pruning) for label, keep, pruning in entries for task in tasks]
     for option in options:
         if option.split(".", 1)[0] not in methods or "=" not in option or "." not in option.split("=", 1)[0]:
-            raise ValueError(f"--option {option!r} is not METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
+            raise ValueError(
+                f"--option {shown(option)} is not METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}"
+            )
     return list(dict.fromkeys(found))
 
 
@@ -155,6 +159,7 @@ def check(runs: Iterable[Run], settings: Settings) -> None:
     for pruning in dict.fromkeys(run.pruning for run in runs):
         asked = Run("", "", "", pruning).asked(settings)
         cls = cls or bases.find(asked.base, simple=False)
+        bases.check_batch(cls, asked.base, settings.batch)
         bases.check_family(cls, asked.rest, asked.config)
 
 
@@ -173,7 +178,7 @@ def execute(run: Run, settings: Settings, out: Path, progress: Callable[[float],
         return outcome
     folder.mkdir(parents=True, exist_ok=True)
     command = run.command(settings, folder)
-    (folder / "command.json").write_text(json.dumps(command, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "command.json", json.dumps(command, indent=1) + "\n")
     began = time.perf_counter()
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {})}
     status = _follow(command, environment, folder / "log.txt", progress)
@@ -235,7 +240,7 @@ def read(run: Run, folder: Path) -> Outcome:
 def write_csv(outcomes: Iterable[Outcome], path: Path) -> None:
     """One row per run and score, and one for each failed run."""
     numbers = list(dict.fromkeys(name for o in outcomes for name in o.numbers))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as written, written.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["method", "keep", "task", "metric", "value", *numbers, "failed"])
         for o in outcomes:

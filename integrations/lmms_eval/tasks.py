@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc.profiling.tasks import Task
+from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
 from vtc_lmms_eval.judges import client
 
@@ -77,7 +78,7 @@ def find(name: str, include: Path | None = None, also: Collection[str] = ()) -> 
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError(
-            f"unknown task {name!r}; {_hint(name, also)}; with lmms-eval its tasks are known, too: "
+            f"unknown task {shown(name)}; {_hint(name, also)}; with lmms-eval its tasks are known, too: "
             "pip install 'visual-token-compression[lmms-eval]'"
         )
     if include is not None and not include.is_dir():
@@ -93,7 +94,7 @@ def find(name: str, include: Path | None = None, also: Collection[str] = ()) -> 
 
         manager = TaskManager(include_path=None if include is None else str(include), model_name=MODEL_ID)
         if name not in manager.task_index:
-            raise ValueError(f"unknown task {name!r}; {_hint(name, [*also, *manager.all_tasks])}")
+            raise ValueError(f"unknown task {shown(name)}; {_hint(name, [*also, *manager.all_tasks])}")
         entry = manager.task_index[name]
         if entry["type"] in ("group", "tag"):
             named = entry["task"] if entry["type"] == "tag" else load_yaml_config(entry["yaml_path"])["task"]

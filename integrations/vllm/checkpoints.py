@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
+from vtc.values import shown
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -48,7 +50,7 @@ def write(folder: Path, model: str = "tinyvlm") -> None:
     from vtc.commands.shared import SHIPPED
 
     if model not in SHIPPED:
-        raise ValueError(f"model={model!r} is none of the shipped ones: {', '.join(SHIPPED)}")
+        raise ValueError(f"model={shown(model)} is none of the shipped ones: {', '.join(SHIPPED)}")
     to_hub_layout(importlib.import_module(SHIPPED[model]).CHECKPOINT, folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.methods import Method
+from vtc.methods.base import entering
 from vtc.methods.globalcom2 import GlobalCom2
 from vtc.models import Adapter, resolve
 from vtc.models.base import adapter_of
@@ -111,7 +112,7 @@ def picks(method: Method, tokens: VisualTokens) -> list[Tensor]:
     Raises:
         RuntimeError: the method kept another number than its budget: placeholders would not match.
     """
-    mask, counts = method.keep_mask(tokens)
+    mask, counts = entering(method, tokens)
     expected = tuple(kept(method, layout) for layout in tokens.layouts)
     if tuple(counts) != expected:
         raise RuntimeError(f"{method.name} kept {counts} tokens where its budget said {expected}")

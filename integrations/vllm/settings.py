@@ -20,6 +20,7 @@ from vtc.methods.globalcom2 import GlobalCom2
 from vtc.models import Adapter, Parts
 from vtc.patching import fitted
 from vtc.tokens import Layout
+from vtc.values import shown
 
 REQUEST_KEEP = "vtc_keep"
 """Name of the per-request keep among ``mm_processor_kwargs``."""
@@ -34,7 +35,7 @@ def read(entry: Any) -> CompressionConfig:
     """
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"vtc={entry!r} in the model's config does not say how to prune; give "
+            f"vtc={shown(entry)} in the model's config does not say how to prune; give "
             '{"method": "divprune", "keep": 0.25}, for instance with --hf-overrides'
         )
     data = {"version": 1, **entry}
@@ -42,7 +43,7 @@ def read(entry: Any) -> CompressionConfig:
     options = data.get("options", {})
     if keep is not None:
         if not isinstance(options, Mapping) or "keep" in options:
-            raise ValueError(f"vtc={dict(entry)!r} gives keep twice; leave one out")
+            raise ValueError(f"vtc={shown(dict(entry))} gives keep twice; leave one out")
         data["options"] = {**options, "keep": keep}
     config = CompressionConfig.from_dict(data)
     return CompressionConfig.of(config.build(), config.positions)

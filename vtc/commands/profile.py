@@ -21,6 +21,7 @@ from vtc.commands.shared import (
     parse_size,
     pick_device,
 )
+from vtc.values import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,7 +134,7 @@ def _load(
     if (model is None) == (random_weights is None):
         raise ValueError("name a checkpoint, or a config with --random-weights CONFIG; exactly one of them")
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"--dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {shown(dtype)} is none of auto, {', '.join(DTYPES)}")
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     if random_weights is not None:
         vlm, processor, name = random_model(random_weights, device, kind), None, f"random:{random_weights}"
@@ -273,6 +274,7 @@ def _ms(spread: Spread | None, which: str = "median") -> str:
 def _write(measured: list[Measurement], about: dict[str, str], out: Path, console: Any) -> list[Path]:
     import json
 
+    from vtc.files import write_text
     from vtc.profiling.chart import save_bars
     from vtc.profiling.ledger import Ledger
 
@@ -289,6 +291,6 @@ def _write(measured: list[Measurement], about: dict[str, str], out: Path, consol
         return [ledger.path]
     document, chart = out / "profile.json", out / "profile.png"
     measurements = [row_of(each) for each in measured]
-    document.write_text(json.dumps({**about, "measurements": measurements}, indent=1) + "\n", encoding="utf-8")
+    write_text(document, json.dumps({**about, "measurements": measurements}, indent=1) + "\n")
     save_bars(measured, chart, f"{about['model']}, {about['workload']}\n{about['device']}, {about['dtype']}")
     return [document, ledger.path, chart]

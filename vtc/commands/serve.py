@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vtc.commands.shared import SHIPPED, KeepText, MethodName, Options, Positions, build_config, clear_errors
+from vtc.values import shown
 
 if TYPE_CHECKING:
     from vtc.config import CompressionConfig
@@ -86,9 +88,9 @@ def command(model: str, config: CompressionConfig, host: str, port: int, extra: 
 
 def _architectures(model: str) -> list[str]:
     path = Path(model) / "config.json"
-    if Path(model).is_dir() or model.startswith(("/", ".")):
-        if not path.is_file():
-            raise FileNotFoundError(f"no config.json in {model!r}")
+    if os.path.isdir(model) or model.startswith(("/", ".")):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no config.json in {shown(model)}")
         found = json.loads(path.read_text(encoding="utf-8"))
     else:
         from transformers import AutoConfig

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from vtc.values import shortened, shown
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -41,7 +43,7 @@ def clear_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         if TRACEBACK.get():
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(shortened(word) for word in str(error).split()) or type(error).__name__
         if isinstance(error, ModuleNotFoundError):
             message += "; pip install 'visual-token-compression[demo]' brings what the commands need"
         typer.echo(f"vtc: {message}", err=True)
@@ -56,7 +58,9 @@ def parse_keep(text: str) -> float | int:
         try:
             return float(text)
         except ValueError:
-            raise ValueError(f"--keep {text!r} is neither a fraction such as 0.25 nor a count such as 64") from None
+            raise ValueError(
+                f"--keep {shown(text)} is neither a fraction such as 0.25 nor a count such as 64"
+            ) from None
 
 
 def parse_options(options: list[str] | None) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def parse_options(options: list[str] | None) -> dict[str, Any]:
     for option in options or []:
         key, found, value = option.partition("=")
         if not found:
-            raise ValueError(f"--option {option!r} is not of the form name=value")
+            raise ValueError(f"--option {shown(option)} is not of the form name=value")
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
         named[key] = value
@@ -94,7 +98,7 @@ def pick_device(name: str) -> str:
     try:
         return str(torch.zeros(0, device=name).device)
     except (RuntimeError, AssertionError) as error:  # unknown, or not on this machine
-        raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {shown(name)}: {str(error).splitlines()[0]}") from None
 
 
 def listed(text: str, what: str) -> list[str]:
@@ -105,7 +109,7 @@ def listed(text: str, what: str) -> list[str]:
     """
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if not entries:
-        raise ValueError(f"--{what} {text!r} is an empty list")
+        raise ValueError(f"--{what} {shown(text)} is an empty list")
     return entries
 
 
@@ -118,9 +122,9 @@ def numbers(text: str, what: str) -> list[int]:
     try:
         values = [int(entry) for entry in listed(text, what)]
     except ValueError:
-        raise ValueError(f"--{what} {text!r} is not a list of whole numbers such as 1,8,32") from None
+        raise ValueError(f"--{what} {shown(text)} is not a list of whole numbers such as 1,8,32") from None
     if min(values) < 1:
-        raise ValueError(f"--{what} {text!r}: {min(values)} is below 1")
+        raise ValueError(f"--{what} {shown(text)}: {min(values)} is below 1")
     return values
 
 
@@ -132,7 +136,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     sides = text.lower().split("x")
     if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
-        raise ValueError(f"--image {text!r} is not of the form WIDTHxHEIGHT, such as 672x336")
+        raise ValueError(f"--image {shown(text)} is not of the form WIDTHxHEIGHT, such as 672x336")
     return int(sides[0]), int(sides[1])
 
 

@@ -19,6 +19,8 @@ from vtc.commands.shared import (
     clear_errors,
     pick_device,
 )
+from vtc.files import replacing, write_text
+from vtc.values import shown
 
 PICTURES, ANIMATIONS, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".gif",), (".html", ".htm")
 
@@ -70,15 +72,17 @@ def show(
         report = handle.report()
         settings = {"picks": picks if order else None, "size": size, "caption": caption}
         if out.suffix.lower() in ANIMATIONS:
-            viz.save_animation(viz.animate(handle, inputs, checkpoint.processor, **settings), out)
+            with replacing(out) as written:
+                viz.save_animation(viz.animate(handle, inputs, checkpoint.processor, **settings), written)
         else:
             drawing = viz.show(handle, inputs, checkpoint.processor, **settings)
             if out.suffix.lower() in PICTURES:
-                drawing.save(out)
+                with replacing(out) as written:
+                    drawing.save(written)
             else:
                 moving = viz.animate(handle, inputs, checkpoint.processor, **settings)
                 drawings = [("kept visual tokens", drawing), ("kept visual tokens, one stage after the other", moving)]
-                out.write_text(page(f"{method}, keep {keep}: {image.name}", report, drawings), encoding="utf-8")
+                write_text(out, page(f"{method}, keep {keep}: {image.name}", report, drawings))
         typer.echo(str(report))
         segments = [s for own in handle.last_layouts or [] for layout in own for s in layout.segments]
         if any(segment.grid is None and segment.kind != "newline" for segment in segments):
@@ -89,6 +93,6 @@ def show(
 def _check_out(out: Path) -> None:
     kinds = (*PICTURES, *ANIMATIONS, *PAGES)
     if out.suffix.lower() not in kinds:
-        raise ValueError(f"--out {str(out)!r} ends in none of {', '.join(kinds)}")
+        raise ValueError(f"--out {shown(str(out))} ends in none of {', '.join(kinds)}")
     if not out.resolve().parent.is_dir():
-        raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.resolve().parent)!r}")
+        raise ValueError(f"--out {shown(str(out))}: there is no folder {shown(str(out.resolve().parent))}")

@@ -19,6 +19,7 @@ from vtc.commands.shared import (
     parse_keep,
     pick_device,
 )
+from vtc.values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -138,7 +139,7 @@ def find_task(name: str, include: Path | None) -> Task:
 
         return find(name, include, also=own)
     if include is not None:
-        raise ValueError(f"--include-path {include} is for tasks of lmms-eval, and {name!r} is vtc's own")
+        raise ValueError(f"--include-path {include} is for tasks of lmms-eval, and {shown(name)} is vtc's own")
     return get_task(name)
 
 
@@ -154,7 +155,7 @@ def make_exam(
     from vtc.profiling.tasks import load
 
     if model is not None and model not in SHIPPED and task is None:
-        raise ValueError(f"--task is needed: which questions can {model!r} answer?")
+        raise ValueError(f"--task is needed: which questions can {shown(model)} answer?")
     chosen = find_task(task or (model if model in SHIPPED else "tinyvlm"), include)
     name = model or chosen.model
     if name is None:

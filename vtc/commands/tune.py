@@ -18,6 +18,7 @@ from vtc.commands.shared import (
     pick_device,
 )
 from vtc.commands.sweep import IncludePath, ModelName, TaskName, make_exam
+from vtc.values import shown
 
 
 def tune(
@@ -90,5 +91,5 @@ def parse_drop(text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0.0 < value < 1.0:
-        raise ValueError(f"--max-drop {text!r} is not a loss between 0 and 100 %; write 1% or 0.01")
+        raise ValueError(f"--max-drop {shown(text)} is not a loss between 0 and 100 %; write 1% or 0.01")
     return value

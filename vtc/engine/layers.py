@@ -34,7 +34,8 @@ from vtc.engine.context import Frame, running_frame
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, slot_map, stage_of
 from vtc.methods import Method
-from vtc.methods.base import Stage
+from vtc.methods.base import Stage, surviving
+from vtc.methods.returns import check_scores
 from vtc.models import Parts
 
 
@@ -112,7 +113,7 @@ class LayerStages:
         before = attention.hidden_states(args, kwargs)
         after = output[0] if isinstance(output, tuple) else output
         scores = self.method.transition(before.detach(), after.detach(), inside.valid, inside.visual)
-        scores = inside.per_token(scores.float())
+        scores = inside.per_token(check_scores(self.method, scores, inside.valid).float())
         inside.transition = scores if inside.transition is None else inside.transition + scores
 
     def deepstack(self, process: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -146,7 +147,7 @@ class LayerStages:
             else:
                 source = index if stage.attention is None else stage.attention
                 signals[name] = inside.rows[source][name]
-        keep, counts = self.method.keep_inside(inside.stages_done, inside.tokens(call.hidden, signals))
+        keep, counts = surviving(self.method, inside.stages_done, inside.tokens(call.hidden, signals))
         cache = call[CACHE]
         inside.past, inside.head = self._stored(index, frame, cache)
         holes, hidden = inside.drop(keep, counts, call.hidden)
@@ -252,7 +253,7 @@ class LayerStages:
             if wanted & {"instruction", "text_to_visual"}:
                 mean = rows.mean()
                 signals["instruction"] = inside.per_token(mean)
-                signals["text_to_visual"] = inside.per_image((mean * visual).sum(1))
+                signals["text_to_visual"] = inside.per_image((mean * visual).sum(1).where(text.any(1), torch.nan))
         if "visual_to_text" in wanted:
             if prepared is None:  # causal, and the text is behind: nothing to see
                 signals["visual_to_text"] = inside.per_image(torch.zeros(len(text), device=text.device))

@@ -12,6 +12,7 @@ from vtc.engine.compaction import Compaction
 from vtc.engine.context import Frame, see_tokens
 from vtc.engine.locate import Located, locate
 from vtc.methods import Method
+from vtc.methods.base import entering
 from vtc.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def decide(method: Method, frame: Frame, images: list[Located], flat: Tensor, em
     features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * embeds.shape[1] - 1)]
     tokens = VisualTokens(features, tuple(i.layout for i in images), _ordinals(images), _signals(method, frame, images))
     see_tokens(tokens)
-    keep, counts = method.keep_mask(tokens)
+    keep, counts = entering(method, tokens)
     return Plan(images, keep, counts, flat, tokens.lengths)
 
 

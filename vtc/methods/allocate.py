@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc.budget import apportioned, count
-from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, selection
+from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, selection, surviving
 from vtc.methods.divprune import DivPrune
 from vtc.tokens import InsideTokens, Layout, Part, VisualTokens
+from vtc.values import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,12 @@ class Allocator(Method):
         if self.selector is None:
             return
         if not isinstance(self.selector, Method):
-            raise TypeError(f"selector={self.selector!r} is no vtc.Method, such as vtc.DivPrune()")
+            raise TypeError(f"selector={shown(self.selector)} is no vtc.Method, such as vtc.DivPrune()")
         if not self.selector.enters:
             raise ValueError(
-                f"selector={self.selector!r} does not choose before the language model, where {self.name} shares out "
-                f"budgets; what would work: vtc.DivPrune(), or vtc.Chain(vtc.{type(self).__name__}(), second) with it"
+                f"selector={shown(self.selector)} does not choose before the language model, where {self.name} shares "
+                "out budgets. What would work: vtc.DivPrune(), or with it "
+                f"vtc.Chain(vtc.{type(self).__name__}(), second)"
             )
 
     @property
@@ -75,7 +77,7 @@ class Allocator(Method):
     def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
         """That of the selector."""
         assert self.selector is not None
-        return self.selector.keep_inside(index, tokens)
+        return surviving(self.selector, index, tokens)
 
     def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
         """What :meth:`choose` comes to."""
@@ -85,7 +87,7 @@ class Allocator(Method):
         """What :meth:`choose` keeps, ascending; ``budget`` must be that of :meth:`budget`."""
         mask, counts = self.choose(tokens)
         if counts != tuple(budget):
-            raise ValueError(f"{self.name} shares out {counts} tokens, not budget={tuple(budget)!r}")
+            raise ValueError(f"{self.name} shares out {counts} tokens, not budget={shown(tuple(budget))}")
         return (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, : max(budget)]
 
 
@@ -152,9 +154,11 @@ class Allocate(Allocator):
         if self.selector is None:
             raise TypeError("allocate shares out a budget only; give a selector, such as vtc.DivPrune()")
         if self.by not in ("uniform", "image", "frame"):
-            raise ValueError(f"by={self.by!r} is neither 'uniform' nor 'image' nor 'frame'")
+            raise ValueError(f"by={shown(self.by)} is neither 'uniform' nor 'image' nor 'frame'")
         if self.newlines != "keep":
-            raise ValueError(f"newlines={self.newlines!r}: newline tokens belong to no part of an image; they are kept")
+            raise ValueError(
+                f"newlines={shown(self.newlines)}: newline tokens belong to no part of an image; they are kept"
+            )
 
     def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
         """Steps 1 to 3; does not wait for the device if the selector does not."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vtc.budget import Keep, check_keep, count
+from vtc.methods.returns import check_budget, check_kept, check_picks, check_stages
 from vtc.tokens import InsideTokens, VisualTokens, column
+from vtc.values import shown
 
 Newlines = Literal["candidates", "keep"]
 M = TypeVar("M", bound="type[Method]")
@@ -31,6 +33,7 @@ class Stage:
         attention: index, from 0, of the layer whose attention rows make ``instruction``, ``last`` and the two shares;
             its q and k projections are applied to what enters it. Default: the next layer, ``after``.
         transitions: indices, from 0, of the layers whose transitions are summed up to here.
+        removes_all: a sample loses all of its visual tokens here, or none; ``Patch.last_keep`` tells what it had.
     """
 
     after: int
@@ -82,7 +85,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))  # a NumPy number becomes a plain one
         if self.newlines not in ("candidates", "keep"):
-            raise ValueError(f"newlines={self.newlines!r} is neither 'candidates' nor 'keep'")
+            raise ValueError(f"newlines={shown(self.newlines)} is neither 'candidates' nor 'keep'")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -118,7 +121,7 @@ class Method(ABC):
         Raises:
             ValueError: with the offending value and what would work.
         """
-        self.stages(facts.depth)
+        check_stages(self, self.stages(facts.depth), facts.depth)
 
     def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
         """Tokens kept of each image."""
@@ -169,19 +172,19 @@ class Method(ABC):
 
     def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
         """Budget, then selection. Arguments and result as :meth:`keep_mask`, but newlines are tokens like any other."""
-        budget = self.budget(tokens)
+        budget = check_budget(self, self.budget(tokens), tokens.lengths)
         if budget == tokens.lengths:
             return tokens.mask, budget
         return selection(self, tokens, budget), budget
 
     def keep_mask(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Which tokens stay: the one call the engine makes. Never waits for the device if :meth:`choose` does not.
+        """Which tokens stay. Never waits for the device if :meth:`choose` does not.
 
         Returns:
             Bool [G, N], True for the tokens that stay (False for padding), and how many that is for each image.
 
         Raises:
-            ValueError: :meth:`select` returned another shape than promised.
+            ValueError: :meth:`select` or :meth:`budget` returned something else than promised.
         """
         if self.newlines == "candidates":
             return self.choose(tokens)
@@ -197,15 +200,34 @@ def selection(method: Method, tokens: VisualTokens, budget: tuple[int, ...]) -> 
     """Bool [G, N]: what a method's :meth:`Method.select` picks.
 
     Raises:
-        ValueError: it returned another shape than promised.
+        ValueError: it returned something else than promised; on CUDA, wrong values of methods that are not vtc's own
+            end in an assertion of the device.
     """
     picks = method.select(tokens, budget)
-    if picks.ndim != 2 or picks.shape[0] != len(budget) or picks.shape[1] < max(budget):
-        raise ValueError(
-            f"{type(method).__name__}.select returned picks of shape {tuple(picks.shape)}, "
-            f"not ({len(budget)}, {max(budget)})"
-        )
+    check_picks(method, picks, budget, tokens.lengths, tokens.features)
     return first_of(picks, budget, tokens.features.shape[1])
+
+
+def entering(method: Method, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
+    """What a method's :meth:`Method.keep_mask` keeps: the one call the engine makes before the language model.
+
+    Raises:
+        ValueError: the method returned something else than promised.
+    """
+    kept = method.keep_mask(tokens)
+    if type(method).keep_mask is Method.keep_mask and type(method).choose is Method.choose:
+        return kept  # looked at already
+    call = "choose" if type(method).keep_mask is Method.keep_mask else "keep_mask"
+    return check_kept(method, call, kept, tokens.mask, tokens.lengths)
+
+
+def surviving(method: Method, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
+    """What a method's :meth:`Method.keep_inside` keeps.
+
+    Raises:
+        ValueError: it returned something else than promised.
+    """
+    return check_kept(method, "keep_inside", method.keep_inside(index, tokens), tokens.alive, tokens.counts)
 
 
 def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:
@@ -246,9 +268,9 @@ def register_method(cls: M) -> M:
     """
     name = getattr(cls, "name", None)
     if not name or name != name.lower():
-        raise ValueError(f"{cls.__name__}.name={name!r}: a method needs a lower-case name")
+        raise ValueError(f"{cls.__name__}.name={shown(name)}: a method needs a lower-case name")
     if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
-        raise ValueError(f"a method named {name!r} exists already: {_REGISTRY[name].__qualname__}")
+        raise ValueError(f"a method named {shown(name)} exists already: {_REGISTRY[name].__qualname__}")
     _REGISTRY[name] = cls
     return cls
 
@@ -264,7 +286,7 @@ def method_class(name: str) -> type[Method]:
     except KeyError:
         near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(list_methods())}"
-        raise ValueError(f"unknown method {name!r}; {hint}") from None
+        raise ValueError(f"unknown method {shown(name)}; {hint}") from None
 
 
 def make_method(name: str, **options: Any) -> Method:
@@ -272,7 +294,7 @@ def make_method(name: str, **options: Any) -> Method:
     cls = method_class(name)
     known = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"{name} has no option {', '.join(map(repr, unknown))}; its options: {', '.join(known)}")
+        raise TypeError(f"{name} has no option {', '.join(map(shown, unknown))}; its options: {', '.join(known)}")
     return cls(**options)
 
 

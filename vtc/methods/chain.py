@@ -9,10 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc.budget import Keep
-from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method
+from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, surviving
 from vtc.methods.divprune import DivPrune
 from vtc.methods.transprune import TransPrune
 from vtc.tokens import InsideTokens, VisualTokens
+from vtc.values import shown
 
 _HALF, _THEN = DivPrune(keep=0.5), TransPrune()
 
@@ -50,7 +51,7 @@ class Chain(Method):
     def __post_init__(self) -> None:
         for side in ("first", "second"):
             if not isinstance(getattr(self, side), Method):
-                raise TypeError(f"{side}={getattr(self, side)!r} is no vtc.Method")
+                raise TypeError(f"{side}={shown(getattr(self, side))} is no vtc.Method")
         given = {n: v for n, v in (("keep", self.keep), ("newlines", self.newlines)) if v is not None}
         if any(getattr(self.first, n) != v or type(getattr(self.first, n)) is not type(v) for n, v in given.items()):
             object.__setattr__(self, "first", replace(self.first, **given))
@@ -62,12 +63,14 @@ class Chain(Method):
     def _check_order(self) -> None:
         first, second = self.first, self.second
         if not first.enters:
-            swap = f"; the other way round, vtc.Chain({second!r}, {first!r}), it works" if second.enters else ""
-            raise ValueError(f"first={first!r} drops nothing before the language model{swap}")
+            swap = (
+                f"; the other way round, vtc.Chain({shown(second)}, {shown(first)}), it works" if second.enters else ""
+            )
+            raise ValueError(f"first={shown(first)} drops nothing before the language model{swap}")
         if second.enters:
             raise ValueError(
-                f"second={second!r} chooses before the language model, where first={first!r} has chosen already; what "
-                "works inside it: vtc.TransPrune(), or vtc.ToDRE(keep=1.0, stage2=True)"
+                f"second={shown(second)} chooses before the language model, where first={shown(first)} has chosen "
+                "already; what works inside it: vtc.TransPrune(), or vtc.ToDRE(keep=1.0, stage2=True)"
             )
         if isinstance(first.keep, int) and isinstance(second.keep, int) and second.keep > first.keep:
             raise ValueError(
@@ -131,13 +134,13 @@ class Chain(Method):
         if depth is None:
             raise RuntimeError("a chain must be settled for a model before its stages run: Method.settle(facts)")
         owner, own, _ = self._stages(depth)[index]
-        return owner.keep_inside(own, tokens)
+        return surviving(owner, own, tokens)
 
     def _stages(self, depth: int) -> list[tuple[Method, int, Stage]]:
         both = [(owner, i, s) for owner in (self.first, self.second) for i, s in enumerate(owner.stages(depth))]
         both.sort(key=lambda one: one[2].after)
         if not any(owner is self.second for owner, _, _ in both):
-            raise ValueError(f"second={self.second!r} drops nothing inside the language model")
+            raise ValueError(f"second={shown(self.second)} drops nothing inside the language model")
         for (_, _, a), (_, _, b) in pairwise(both):
             if a.after == b.after:
                 raise ValueError(

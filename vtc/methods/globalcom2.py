@@ -15,6 +15,7 @@ from vtc.methods.allocate import Allocator, unsplit, within
 from vtc.methods.base import Method, ModelFacts, first_of, highest, register_method
 from vtc.ops.scores import claimed_shares
 from vtc.tokens import Part, VisualTokens
+from vtc.values import number, shown
 
 _SIGNAL = {"logits": "cls_logits", "probabilities": "cls"}
 
@@ -75,11 +76,15 @@ class GlobalCom2(Allocator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scores not in (None, "logits", "probabilities", "distance"):
-            raise ValueError(f"scores={self.scores!r} is neither 'logits' nor 'probabilities' nor 'distance'")
+            raise ValueError(f"scores={shown(self.scores)} is neither 'logits' nor 'probabilities' nor 'distance'")
+        rule = "it is a temperature and must be positive"
+        object.__setattr__(self, "tau", number("tau", self.tau, rule))
         if not self.tau > 0:
-            raise ValueError(f"tau={self.tau!r} is a temperature and must be positive")
+            raise ValueError(f"tau={shown(self.tau)}: {rule}")
         if self.newlines != "keep":
-            raise ValueError(f"newlines={self.newlines!r}: globalcom2 never prunes newlines; leave newlines='keep'")
+            raise ValueError(
+                f"newlines={shown(self.newlines)}: globalcom2 never prunes newlines; leave newlines='keep'"
+            )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -12,6 +12,7 @@ from vtc import ops
 from vtc.methods.base import Method, ModelFacts, register_method
 from vtc.methods.importance import ClsAttention, FeatureNorm, Importance
 from vtc.tokens import VisualTokens
+from vtc.values import share, shown
 
 
 @register_method
@@ -57,9 +58,8 @@ class IDPruner(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.importance is not None and not isinstance(self.importance, Importance):
-            raise TypeError(f"importance={self.importance!r} is no vtc.Importance, such as vtc.ClsAttention()")
-        if not 0.0 <= self.balance <= 1.0:
-            raise ValueError(f"balance={self.balance!r} must lie in [0, 1]")
+            raise TypeError(f"importance={shown(self.importance)} is no vtc.Importance, such as vtc.ClsAttention()")
+        object.__setattr__(self, "balance", share("balance", self.balance, "it must lie in [0, 1]"))
 
     @property
     def needs(self) -> frozenset[str]:

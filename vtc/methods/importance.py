@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtc.methods.base import ModelFacts
 from vtc.tokens import VisualTokens
+from vtc.values import shown
 
 I = TypeVar("I", bound="type[Importance]")  # noqa: E741
 
@@ -52,7 +53,7 @@ def register_importance(cls: I) -> I:
 def importance_class(name: str) -> type[Importance]:
     """The class registered under ``name``; ValueError if there is none."""
     if name not in _REGISTRY:
-        raise ValueError(f"unknown importance {name!r}; known: {', '.join(sorted(_REGISTRY))}")
+        raise ValueError(f"unknown importance {shown(name)}; known: {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]
 
 
@@ -148,9 +149,9 @@ class SelectorWeights(Importance):
         width = self._weights("cpu")["q_proj.weight"].shape[1]
         if width != facts.width:
             raise ValueError(
-                f"SelectorWeights({self.path!r}) scores features of width {width}, but what enters the language model "
-                f"of this {facts.model_type!r} has width {facts.width}. What would work: the weights trained for this "
-                "very model, or vtc.IDPruner() without weights"
+                f"SelectorWeights({shown(self.path)}) scores features of width {width}, but what enters the language "
+                f"model of this {facts.model_type!r} has width {facts.width}. What would work: the weights trained for "
+                "this very model, or vtc.IDPruner() without weights"
             )
 
     def score(self, tokens: VisualTokens) -> Tensor:
@@ -171,12 +172,17 @@ _NAMES = frozenset({"q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bia
 
 
 def _files(path: str) -> list[Path]:
-    files = [Path(path)] if os.path.isfile(path) else sorted(Path(path).glob("*.safetensors"))
+    """Regular files only: whoever opens a pipe waits for its other end."""
+    files = [Path(path)] if os.path.isfile(path) else []
+    if os.path.isdir(path):
+        files = sorted(Path(path).glob("*.safetensors"))
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise ValueError(
-            f"SelectorWeights(path={path!r}) is neither a .safetensors file nor a folder with one; for weights on the "
-            "hub, run `hf download OWNER/NAME` and give the folder it prints"
+            f"SelectorWeights(path={shown(path)}) is neither a .safetensors file nor a folder with one; for weights on "
+            "the hub, run `hf download OWNER/NAME` and give the folder it prints"
         )
+    if odd := [file for file in files if not os.path.isfile(file)]:
+        raise ValueError(f"SelectorWeights: {shown(str(odd[0]))} is no regular file, and is not opened")
     return files
 
 
@@ -198,18 +204,20 @@ def _selector(path: str, times: tuple[int, ...], device: str) -> dict[str, Tenso
                     if "importance_scorer." in name or (not whole and len(files) == 1):
                         found[_plain(name)] = opened.get_tensor(name).double()
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"SelectorWeights: {str(file)!r} cannot be read: {error}") from error
+            raise ValueError(f"SelectorWeights: {shown(str(file))} cannot be read: {error}") from error
     if (unknown := sorted(set(found) - _NAMES)) or not found.keys() >= {"q_proj.weight", "k_proj.weight"}:
         have = (
             f"the unknown tensors {', '.join(unknown[:6])}" if unknown else f"only {', '.join(sorted(found)) or 'none'}"
         )
-        raise ValueError(f"SelectorWeights: {path!r} has {have}; a scorer has {', '.join(sorted(_NAMES))}")
+        raise ValueError(f"SelectorWeights: {shown(path)} has {have}; a scorer has {', '.join(sorted(_NAMES))}")
     hidden, width = found["q_proj.weight"].shape if found["q_proj.weight"].ndim == 2 else (0, 0)
     for side in ("q_proj", "k_proj"):
         found.setdefault(f"{side}.bias", torch.zeros(hidden, dtype=torch.float64))
         shapes = tuple(found[f"{side}.weight"].shape), tuple(found[f"{side}.bias"].shape)
         if not hidden or shapes != ((hidden, width), (hidden,)):
-            raise ValueError(f"SelectorWeights: {path!r} has {side} of shapes {shapes}, not [h, d] and [h] like q_proj")
+            raise ValueError(
+                f"SelectorWeights: {shown(path)} has {side} of shapes {shapes}, not [h, d] and [h] like q_proj"
+            )
     _agree(Path(path if os.path.isdir(path) else os.path.dirname(path)) / "config.json", width, hidden)
     return found
 
@@ -228,9 +236,11 @@ def _agree(config: Path, width: int, hidden: int) -> None:
     try:
         said = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"SelectorWeights: {str(config)!r} is not JSON: {error}") from error
+        raise ValueError(f"SelectorWeights: {shown(str(config))} is not JSON: {error}") from error
     if not isinstance(said, dict):
-        raise ValueError(f"SelectorWeights: {str(config)!r} holds no mapping")
+        raise ValueError(f"SelectorWeights: {shown(str(config))} holds no mapping")
     for key, is_ in (("in_features", width), ("hidden_dim", hidden)):
         if said.get(key, is_) != is_:
-            raise ValueError(f"SelectorWeights: {str(config)!r} says {key}={said[key]!r}, the tensors say {is_}")
+            raise ValueError(
+                f"SelectorWeights: {shown(str(config))} says {key}={shown(said[key])}, the tensors say {is_}"
+            )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc.methods.base import Method, image_seed, register_method
 from vtc.tokens import VisualTokens
+from vtc.values import whole
 
 
 @register_method
@@ -28,6 +29,10 @@ class Random(Method):
     seed: int = 0
 
     name: ClassVar[str] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "seed", whole("seed", self.seed, "it may be any int"))
 
     def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
         """The first of a random permutation; nested in the budget."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtc import ops
+from vtc import ops, values
 from vtc.budget import Keep, share, truncated
 from vtc.methods.base import Method, Stage, first_of, highest, register_method
 from vtc.tokens import InsideTokens, VisualTokens
+from vtc.values import shown, whole
 
 LAYERS = (7, 9, 12)
 OF = 32
@@ -70,36 +72,43 @@ class TransPrune(Method):
     query_aware: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(self.ratios))
+        object.__setattr__(self, "ratios", _entries("ratios", self.ratios, values.share, "shares in (0, 1]"))
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, "layers", _entries("layers", self.layers, whole, "layer numbers, counted from 1"))
+        if self.since is not None:
+            object.__setattr__(self, "since", whole("since", self.since, "it is a layer number, counted from 1"))
         self._check_schedule()
         if self.keep is None:
             object.__setattr__(self, "keep", self.ratios[-1])
         super().__post_init__()
         if self.variant not in ("code", "paper"):
-            raise ValueError(f"variant={self.variant!r} is neither 'code' nor 'paper'")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha={self.alpha!r} must lie in [0, 1]")
+            raise ValueError(f"variant={shown(self.variant)} is neither 'code' nor 'paper'")
+        object.__setattr__(self, "alpha", values.share("alpha", self.alpha, "it must lie in [0, 1]"))
 
     def _check_schedule(self) -> None:
         layers, ratios = self.layers, self.ratios
-        if not ratios or any(not isinstance(r, (int, float)) or not 0.0 < r <= 1.0 for r in ratios) or ratios[-1] == 1:
-            raise ValueError(f"ratios={ratios!r} must be shares in (0, 1], one for each stage, the last below 1")
+        if not ratios or not all(ratios) or ratios[-1] == 1:
+            raise ValueError(f"ratios={shown(ratios)} must be shares in (0, 1], one for each stage, the last below 1")
         if any(b > a for a, b in pairwise(ratios)):
-            raise ValueError(f"ratios={ratios!r} grow: dropped tokens cannot come back; give them in falling order")
+            raise ValueError(
+                f"ratios={shown(ratios)} grow: dropped tokens cannot come back; give them in falling order"
+            )
         if layers is None and len(ratios) != len(LAYERS):
             raise ValueError(
-                f"ratios={ratios!r} are not for the 3 published stages, after layers {LAYERS}; give layers"
+                f"ratios={shown(ratios)} are not for the 3 published stages, after layers {LAYERS}; give layers"
             )
         if layers is not None:
             if len(layers) != len(ratios):
-                raise ValueError(f"layers={layers!r} and ratios={ratios!r} must have one entry for each stage")
-            if any(not isinstance(p, int) or p < 1 for p in layers) or any(b <= a for a, b in pairwise(layers)):
-                raise ValueError(f"layers={layers!r} must be rising layer numbers, counted from 1")
+                raise ValueError(
+                    f"layers={shown(layers)} and ratios={shown(ratios)} must have one entry for each stage"
+                )
+            if layers[0] < 1 or any(b <= a for a, b in pairwise(layers)):
+                raise ValueError(f"layers={shown(layers)} must be rising layer numbers, counted from 1")
         first = LAYERS[0] if layers is None else layers[0]
         if self.since is not None and (layers is None or not 1 <= self.since <= first):
-            raise ValueError(f"since={self.since!r} must lie in [1, layers[0]], and layers={layers!r} be given")
+            raise ValueError(
+                f"since={shown(self.since)} must lie in [1, layers[0]], and layers={shown(layers)} be given"
+            )
 
     @property
     def enters(self) -> bool:
@@ -119,8 +128,8 @@ class TransPrune(Method):
         layers = scaled_layers(depth) if self.layers is None else self.layers
         if layers[-1] >= depth:
             raise ValueError(
-                f"layers={layers!r}: after layer {layers[-1]} nothing is left of this model's {depth} layers to save; "
-                f"stages must come after layers 1 to {depth - 1}"
+                f"layers={shown(layers)}: after layer {layers[-1]} nothing is left of this model's {depth} layers to "
+                f"save; stages must come after layers 1 to {depth - 1}"
             )
         since = layers[0] if self.since is None else self.since
         wanted = frozenset({"instruction", "transition"})
@@ -179,6 +188,13 @@ def scaled_layers(depth: int) -> tuple[int, ...]:
         place = (2 * published * depth + OF) // (2 * OF)  # rounded half up
         layers.append(min(max(place, at + 1, layers[-1] + 1 if layers else 1), depth - len(LAYERS) + at))
     return tuple(layers)
+
+
+def _entries(name: str, given: Any, each: Callable[..., Any], what: str) -> tuple[Any, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name}={shown(given)} must be a tuple of {what}, one for each stage")
+    entries = tuple(given)
+    return tuple(each(name, entry, f"{name}={shown(entries)} must be {what}, one for each stage") for entry in entries)
 
 
 def _newlines(tokens: InsideTokens) -> Tensor:

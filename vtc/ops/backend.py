@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from vtc.values import shown
+
 Backend = Literal["torch", "triton"]
 
 VARIABLE = "VTC_BACKEND"
@@ -27,7 +29,9 @@ def backend(device: torch.device) -> Backend:
     """
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", "torch", "triton"):
-        raise ValueError(f"{VARIABLE}={forced!r} is neither 'torch' nor 'triton'; unset it to let the device decide")
+        raise ValueError(
+            f"{VARIABLE}={shown(forced)} is neither 'torch' nor 'triton'; unset it to let the device decide"
+        )
     if forced == "torch":
         return "torch"
     if forced == "triton":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vtc.ops import recursion
 from vtc.ops.backend import backend
+from vtc.values import shown
 
 
 def farthest_first(
@@ -79,7 +80,7 @@ def max_marginal_relevance(
     Returns, raises: as :func:`farthest_first`; ValueError for a balance outside [0, 1].
     """
     if not 0.0 <= balance <= 1.0:
-        raise ValueError(f"balance={balance!r} must lie in [0, 1]")
+        raise ValueError(f"balance={shown(balance)} must lie in [0, 1]")
     if importance.shape != features.shape[:-1]:
         raise ValueError(f"importance {tuple(importance.shape)} does not fit features {tuple(features.shape)}")
     return _pick(features, k, mask, importance=importance, balance=balance)
@@ -121,7 +122,7 @@ def _pick(
         start = start.reshape(b).to(x.device, non_blocking=True)
     elif start is not None:
         if not isinstance(start, int) or isinstance(start, bool):
-            raise TypeError(f"start={start!r} must be an int or a LongTensor")
+            raise TypeError(f"start={shown(start)} must be an int or a LongTensor")
         if not 0 <= start < n:
             raise ValueError(f"start={start} is not the index of one of {n} tokens")
         start = torch.full((b,), start, device=x.device)

@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from vtc.profiling.measure import Measurement
+    from vtc.files import replacing
+from vtc.profiling.measure import Measurement
 
 PARTS = {"vision": "#4c72b0", "select": "#c44e52", "prefill": "#8c8c8c"}
 """Parts of the time to first token and their colours."""
@@ -57,7 +58,8 @@ def bars(measured: Sequence[Measurement], title: str = "") -> Figure:
 
 def save_bars(measured: Sequence[Measurement], path: Path, title: str = "") -> None:
     """Write :func:`bars`; the name's ending decides about the format."""
-    bars(measured, title).savefig(path, dpi=150)
+    with replacing(path) as written:
+        bars(measured, title).savefig(written, dpi=150)
 
 
 def _note(measurement: Measurement) -> str:

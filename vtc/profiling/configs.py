@@ -9,6 +9,7 @@ from typing import Any
 
 from vtc.models import UnsupportedModelError, list_models
 from vtc.models.base import REFUSED
+from vtc.values import shown
 
 
 def config_of(model: Any) -> Any:
@@ -29,22 +30,26 @@ def config_of(model: Any) -> Any:
         config = model
     elif isinstance(model, (str, os.PathLike)):
         path = Path(model)
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise ValueError(f"the folder {str(path)!r} has no config.json")
+        if os.path.isdir(path) and not os.path.isfile(path / "config.json"):
+            raise ValueError(f"the folder {shown(str(path))} has no config.json")
         local = path.suffix == ".json" or len(path.parts) > 2 or str(model).startswith((".", "/", "~"))
-        if local and not path.exists():
-            raise ValueError(f"there is no {str(path)!r}; a model is a folder, a config.json, or OWNER/NAME on the hub")
+        if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+            raise ValueError(f"{shown(str(path))} is no regular file, and is not opened")
+        if local and not os.path.exists(path):
+            raise ValueError(
+                f"there is no {shown(str(path))}; a model is a folder, a config.json, or OWNER/NAME on the hub"
+            )
         config = tf.AutoConfig.from_pretrained(str(model))
     else:
         raise TypeError(f"{type(model).__name__} is neither a config, a model, a folder nor a name on the hub")
     name = config.model_type
     if name in REFUSED and name not in list_models():
-        raise UnsupportedModelError(f"a {name!r} model cannot be pruned: {REFUSED[name]}")
+        raise UnsupportedModelError(f"a {shown(name)} model cannot be pruned: {REFUSED[name]}")
     if type(config) in tf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return config
     tower = any(getattr(config, n, None) is not None for n in ("vision_config", "vision_tower", "visual"))
     reason = "is of no image-text-to-text model that transformers knows" if tower else "has no vision tower"
-    raise ValueError(f"this config, of model_type {name!r}, {reason}: there are no visual tokens to prune")
+    raise ValueError(f"this config, of model_type {shown(name)}, {reason}: there are no visual tokens to prune")
 
 
 def settings_beside(name: str | os.PathLike[str], modality: str = "image") -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from vtc.values import shown
+
 
 @dataclass(frozen=True)
 class Device:
@@ -56,4 +58,4 @@ def device_of(device: str | Device) -> Device:
         return found
     near = difflib.get_close_matches(str(device).lower(), DEVICES, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown device {device!r}; known: {', '.join(DEVICES)}{hint}")
+    raise ValueError(f"unknown device {shown(device)}; known: {', '.join(DEVICES)}{hint}")

@@ -23,6 +23,7 @@ from vtc.config import CompressionConfig
 from vtc.dialect.modules import without_adapters
 from vtc.methods import Method
 from vtc.methods.allocate import Allocator
+from vtc.methods.base import surviving
 from vtc.methods.chain import Chain
 from vtc.methods.grid import Grid
 from vtc.models import Adapter, Parts, resolve
@@ -33,6 +34,7 @@ from vtc.profiling.costs import Cost, Decoder, Encoder
 from vtc.profiling.devices import Device, device_of
 from vtc.profiling.images import Feed, Picture, feed_of, tower_of
 from vtc.tokens import InsideTokens, Layout, VisualTokens
+from vtc.values import shown
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,7 @@ def tokens_per_layer(method: Method, layouts: Sequence[Layout], parts: Parts) ->
         }
         samples = (0,) * len(layouts)
         tokens = InsideTokens(features, given.layouts, samples, alive, counts, entered, each)
-        alive, counts = method.keep_inside(index, tokens)
+        alive, counts = surviving(method, index, tokens)
     return present + [sum(counts)] * (depth - at)
 
 
@@ -366,13 +368,13 @@ def _layouts(adapter: Adapter, parts: Parts, picture: Picture, feed: Feed) -> li
 
 def _pair(image: Any) -> tuple[int, int]:
     if not isinstance(image, (tuple, list)) or len(image) != 2:
-        raise TypeError(f"image={image!r} is no (width, height)")
+        raise TypeError(f"image={shown(image)} is no (width, height)")
     return image[0], image[1]
 
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is no whole number")
+        raise TypeError(f"{name}={shown(value)} is no whole number")
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vtc.models import Parts, clip
+from vtc.values import shown
 
 TOWERS = ("vision_tower", "image_tower", "visual", "vision_model")
 SHARPEST = 10_000
@@ -59,7 +60,7 @@ class Picture:
             if value is None and name == "frames":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} is no whole number")
+                raise TypeError(f"{name}={shown(value)} is no whole number")
             if not 1 <= value <= SHARPEST:
                 raise ValueError(f"{name}={value} must lie in [1, {SHARPEST}]; an image is WIDTHxHEIGHT pixels")
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vtc.values import shown
 
 
 class Ledger:
@@ -27,7 +30,9 @@ class Ledger:
     def __init__(self, path: Path, columns: Sequence[str], tell: Callable[[str], None] = lambda message: None) -> None:
         self.path, self.columns, self._tell = path, list(columns), tell
         self.rows: list[dict[str, str]] = []
-        if path.exists():
+        if os.path.exists(path):
+            if not os.path.isfile(path):
+                raise ValueError(f"{shown(str(path))} is no regular file, and is not opened; name another")
             self._resume()
 
     def add(self, row: Mapping[str, Any]) -> None:

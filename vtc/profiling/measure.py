@@ -348,13 +348,22 @@ def faults(handle: Patch, logits: Tensor) -> list[str]:
 
 def _unlike(model: nn.Module, inputs: Inputs, everything: CompressionConfig, plain: Tensor) -> list[str]:
     """Whether a configuration that keeps all gives other logits than the unpruned model."""
-    with patch(model, everything):
+    with patch(model, everything) as handle:
         same = _forward(model, inputs).logits
+        if any(stage.removes_all for stage in handle.stage.layers.stages):  # whatever keep is; logits differ, rightly
+            had, left = _total(handle.last_keep), _total(handle.last_stages[-1][1])
+            given = sum(layout.length for images in handle.last_layouts or [] for layout in images)
+            if left < had:
+                return [] if had == given else [f"with keep=1.0 it keeps {had} of {given} tokens"]
     error = float((same.float() - plain.float()).norm() / plain.float().norm())
     limit = TOLERANCE[plain.dtype]
     if error <= limit:
         return []
     return [f"with keep=1.0 its logits differ from the unpruned model's by {error:.1e}, above {limit:.0e}"]
+
+
+def _total(samples: Sequence[Sequence[Tensor]] | None) -> int:
+    return sum(len(kept) for images in samples or [] for kept in images)
 
 
 def _keeping_all(config: CompressionConfig) -> CompressionConfig | None:

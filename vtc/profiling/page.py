@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vtc.files import write_text
 from vtc.profiling.chart import new_figure
 from vtc.profiling.sweep import BASELINES, UNPRUNED, by_method, front
 
@@ -115,7 +116,7 @@ def write_report(rows: Sequence[Row], path: Path) -> None:
         rows=rows, first=rows[0], ahead=[id(row) in ahead for row in rows], svg=drawing[drawing.index("<svg") :]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 PAGE = """\

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vtc.values import shown
+
 
 @dataclass(frozen=True)
 class Task:
@@ -57,7 +59,7 @@ def register_task(name: str, make: Callable[[], Task]) -> None:
         ValueError: the name is taken.
     """
     if name in _TASKS:
-        raise ValueError(f"a task named {name!r} exists already")
+        raise ValueError(f"a task named {shown(name)} exists already")
     _TASKS[name] = make
 
 
@@ -75,11 +77,11 @@ def get_task(name: str) -> Task:
     if name not in _TASKS:
         near = difflib.get_close_matches(name, _TASKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(list_tasks())}"
-        raise ValueError(f"unknown task {name!r}; {hint}")
+        raise ValueError(f"unknown task {shown(name)}; {hint}")
     task = _TASKS[name]()
     if task.score is None:
         raise ValueError(
-            f"task {name!r} has no accuracy, so that nothing can be said about what pruning loses; "
+            f"task {shown(name)} has no accuracy, so that nothing can be said about what pruning loses; "
             "`vtc profile` measures time alone"
         )
     return task
@@ -120,7 +122,7 @@ def load(name: str, package: str) -> tuple[Any, Any]:
     try:
         return importlib.import_module(package).load()
     except ModuleNotFoundError as missing:
-        raise ImportError(f"the model {name!r} needs {missing.name}") from missing
+        raise ImportError(f"the model {shown(name)} needs {missing.name}") from missing
 
 
 def _shipped(name: str, package: str) -> Callable[[], Task]:

@@ -9,6 +9,7 @@ from typing import Literal
 from vtc.config import CompressionConfig
 from vtc.profiling.intervals import loss_interval, paired_loss
 from vtc.profiling.sweep import Exam
+from vtc.values import shown
 
 STEPS = 100
 """``keep`` is looked for among its multiples of 1/100."""
@@ -84,7 +85,7 @@ def tune(
             answer, which the message says along with the number of questions it would take.
     """
     if not 0.0 < max_drop < 1.0:
-        raise ValueError(f"max_drop={max_drop!r} must lie between 0 and 1; one point of accuracy is 0.01")
+        raise ValueError(f"max_drop={shown(max_drop)} must lie between 0 and 1; one point of accuracy is 0.01")
     scores, _ = exam.take(tick=tick)
     before = exam.headline(scores)
     if (floor := paired_loss(before, before)[2]) > max_drop:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vtc.tokens import Layout
+from vtc.values import shown
 from vtc.viz.panels import Panel, panels
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def overlay(
     layout = grid if isinstance(grid, Layout) else Layout.plain(grid[0] * grid[1], (grid[0], grid[1]))
     picks = ranks(keep, layout)
     if not 0.0 <= dim <= 1.0:
-        raise ValueError(f"dim={dim!r} must lie in [0, 1]")
+        raise ValueError(f"dim={shown(dim)} must lie in [0, 1]")
     views = panels(layout)
     if not views or (image is not None and not all(view.placed for view in views)):
         raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtc.tokens import Layout, Segment
+from vtc.values import shown
 from vtc.viz.panels import Panel, joined, panels
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def seen(handle: Patch, inputs: Mapping[str, Any], processor: Any = None, sample
     if last is None:
         raise ValueError("nothing to show: run a prompt with an image through the patched model first")
     if not 0 <= sample < len(last.lengths):
-        raise ValueError(f"sample={sample!r}: the last prompt had {len(last.lengths)} samples")
+        raise ValueError(f"sample={shown(sample)}: the last prompt had {len(last.lengths)} samples")
     images = [image for image in last.plan.images if image.row == sample]
     found = [Seen(i.layout, tuple(_views(handle.stage.parts, i, inputs, processor))) for i in images]
     if not found:
