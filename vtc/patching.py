@@ -9,11 +9,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.dialect.generation import (
+    COMPILED_SLOT,
     LOSS,
     LOSS_SLOT,
     MAY_COMPILE,
@@ -26,7 +28,6 @@ from vtc.dialect.generation import (
 )
 from vtc.dialect.modules import encoder_name, encoder_of, without_adapters
 from vtc.dialect.releases import warn_if_untested
-from vtc.engine.compiled import forget_graphs, method_outside_graphs, outside_graphs
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
@@ -300,11 +301,7 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
 def _install(handle: Patch) -> None:
     stage, undo = handle.stage, handle._undo
     adapter, parts = stage.adapter, stage.parts
-
-    def active() -> bool:
-        return handle.active
-
-    forget_graphs([parts.root])
+    _forget_compiled(parts.root)
     for module in {parts.root, parts.base}:  # the base model too, so that it cannot be patched once more by itself
         _set(undo, module, _HANDLE, handle)
     # in front: user hooks then see the pruned call, as they would see a shorter prompt
@@ -327,12 +324,22 @@ def _install(handle: Patch) -> None:
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:
             wrapped = listening(adapter, parts, modality, handle.method.needs, encode, stage.memory)
-            _set(undo, parts.base, encoder_name(modality), method_outside_graphs(encode, wrapped, active))
+            _set(undo, parts.base, encoder_name(modality), _while_active(handle, encode, wrapped))
     for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.stages)):
         found = method.find(owner)
         name = LOSS_SLOT if method is LOSS else method.name
-        _set(undo, owner, name, method_outside_graphs(found, _wrapper(handle, method)(found), active))
-    undo.append(functools.partial(forget_graphs, [parts.root]))
+        _set(undo, owner, name, _while_active(handle, found, _wrapper(handle, method)(found)))
+    undo.append(functools.partial(_forget_compiled, parts.root))
+
+
+def _while_active(handle: Patch, original: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapped method, and the original again once the patch is undone: somebody may hold it, or have wrapped it."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (wrapped if handle.active else original)(*args, **kwargs)
+
+    return call
 
 
 def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -376,7 +383,6 @@ def _hook(
     always: bool = False,
 ) -> None:
     """Register a forward hook that gets keywords too. How to undo it is written down first: it is found by itself."""
-    hook = outside_graphs(hook)
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
     registers = [
         getattr(module, name) for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called") if name in vars(module)
@@ -392,3 +398,9 @@ def _hook(
         module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
     else:
         module.register_forward_hook(hook, always_call=always, with_kwargs=True)
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Graphs compiled before do not see hooks added since, and the other way round."""
+    if model.__dict__.pop(COMPILED_SLOT, None) is not None:
+        torch._dynamo.reset()

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vtc.dialect import caches, masks
@@ -57,9 +56,7 @@ class Spellings:
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The transformers model inside what torch.compile or PEFT put around it."""
-    while isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod
+    """The transformers model inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
