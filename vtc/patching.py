@@ -324,7 +324,6 @@ def _install(handle: Patch) -> None:
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:
             wrapped = listening(adapter, parts, modality, handle.method.needs, encode, stage.memory)
-            wrapped = between_graphs(wrapped, runs_model=True)
             _set(undo, parts.base, encoder_name(modality), _while_active(handle, encode, wrapped))
     for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.stages)):
         found = method.find(owner)
@@ -339,6 +338,7 @@ def _while_active(handle: Patch, original: Callable[..., Any], wrapped: Callable
     def call(*args: Any, **kwargs: Any) -> Any:
         return (wrapped if handle.active else original)(*args, **kwargs)
 
+    compilers.never_alone(call)
     return call
 
 
@@ -349,7 +349,7 @@ def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., An
     if method in PAGED:
         return lambda found: no_continuous_batching
     return {
-        LOSS: lambda found: between_graphs(pruning_labels(found, stage.parts), runs_model=True),
+        LOSS: lambda found: pruning_labels(found, stage.parts),
         COMPILED: saying_prepared,
         PREPARE: lambda found: preparing(found, handle.config.positions),
         PREFILL: lambda found: prefilling(found, placeholders, handle.later_turn),

@@ -12,6 +12,7 @@ COMPILED_SLOT = "_compiled_call"
 """Where generate keeps the call that it compiled."""
 
 _INSIDE = "_orig_mod"
+_SKIPS = "skip_nnmodule_hook_guards"
 _NEVER_A_MODEL = ("flex_attention.py",)
 """Files whose functions are compiled by themselves, once for all models: no graph of theirs has a hook in it."""
 
@@ -23,6 +24,17 @@ def uncompiled(module: Any) -> Any:
     return module
 
 
+def never_alone(function: Any) -> None:
+    """Make no graph that begins with this function. Within the graph of a caller it is traced as ever.
+
+    All hooks are the same few lines, called with everything a model passes around: each would be a graph of its own,
+    and soon more of them than dynamo makes of one function.
+    """
+    from torch._dynamo import eval_frame
+
+    eval_frame.skip_code(function.__code__)
+
+
 def watch_hooks() -> None:
     """Let graphs be bound to the hooks they were made with: a patched model's must not serve its unpatched twin.
 
@@ -31,7 +43,10 @@ def watch_hooks() -> None:
     """
     import torch._dynamo
 
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    config = torch._dynamo.config
+    setattr(config, _SKIPS, False)
+    if (entry := getattr(config, "_config", {}).get(_SKIPS)) is not None:
+        entry.default = False  # what is set counts in the thread that set it; others see the default
 
 
 def forget(root: Any) -> None:

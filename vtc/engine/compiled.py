@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vtc.dialect import compilers
 from vtc.dialect.arguments import CACHE, EMBEDS, HIDDEN, IDS
 from vtc.dialect.caches import cache_in, is_prepared, prepared_for, pruned
 from vtc.engine.context import PREPARED_MASKS
@@ -27,36 +28,32 @@ _REASON = (
 )
 
 
-def between_graphs(
-    function: Callable[..., Any], *, steps_aside: bool = False, runs_model: bool = False
-) -> Callable[..., Any]:
+def between_graphs(function: Callable[..., Any], *, steps_aside: bool = False) -> Callable[..., Any]:
     """The same function; inside of what is compiled, it runs as it would outside.
 
     Args:
-        function: a hook, or the replacement of a method.
+        function: a hook, or a part of what replaces a method.
         steps_aside: a hook that has nothing to do in a step of one column whose masks fit already.
-        runs_model: it calls what it replaces, which should stay compiled.
     """
 
     def plainly(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    broken_out = torch.compiler.disable(plainly, recursive=not runs_model, reason=_REASON)
+    broken_out = torch.compiler.disable(plainly, reason=_REASON)
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
         if torch.compiler.is_exporting():
             raise NotImplementedError(
                 "torch.export cannot take a model under vtc.patch: which visual tokens stay is decided anew for each "
                 "prompt, outside of what is exported. vtc.unpatch(model) first, and export the model as it is; it "
                 "takes the shorter inputs of vtc.compress_inputs"
             )
-        if steps_aside and _nothing_to_do(args, kwargs):
+        if steps_aside and torch.compiler.is_compiling() and _nothing_to_do(args, kwargs):
             return None
         return broken_out(*args, **kwargs)
 
+    compilers.never_alone(call)
     return call
 
 
