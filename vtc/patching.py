@@ -9,13 +9,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.dialect import compilers
 from vtc.dialect.generation import (
-    COMPILED_SLOT,
+    COMPILED,
     LOSS,
     LOSS_SLOT,
     MAY_COMPILE,
@@ -28,6 +28,7 @@ from vtc.dialect.generation import (
 )
 from vtc.dialect.modules import encoder_name, encoder_of, without_adapters
 from vtc.dialect.releases import warn_if_untested
+from vtc.engine.compiled import between_graphs, saying_prepared
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
@@ -301,7 +302,9 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
 def _install(handle: Patch) -> None:
     stage, undo = handle.stage, handle._undo
     adapter, parts = stage.adapter, stage.parts
-    _forget_compiled(parts.root)
+    compilers.watch_hooks()
+    compilers.forget(parts.root)
+    undo.append(functools.partial(compilers.forget, parts.root))  # it runs last, when all hooks are gone
     for module in {parts.root, parts.base}:  # the base model too, so that it cannot be patched once more by itself
         _set(undo, module, _HANDLE, handle)
     # in front: user hooks then see the pruned call, as they would see a shorter prompt
@@ -316,11 +319,11 @@ def _install(handle: Patch) -> None:
     for layer, hook in zip(parts.layers, stage.layer_hooks(), strict=False):
         _hook(undo, layer, hook, before=True, first=True)
     for module, hook, before in stage.layers.hooks():
-        _hook(undo, module, hook, before=before)
+        _hook(undo, module, hook, before=before, each_step=True)
     for signal in CLS_TAPS.keys() & handle.method.needs:
         tap = functools.partial(CLS_TAPS[signal], parts)
         for tower in {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}:
-            _hook(undo, tower, tap, before=True)
+            _hook(undo, tower, tap, before=True, each_step=True)
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:
             wrapped = listening(adapter, parts, modality, handle.method.needs, encode, stage.memory)
@@ -329,7 +332,6 @@ def _install(handle: Patch) -> None:
         found = method.find(owner)
         name = LOSS_SLOT if method is LOSS else method.name
         _set(undo, owner, name, _while_active(handle, found, _wrapper(handle, method)(found)))
-    undo.append(functools.partial(_forget_compiled, parts.root))
 
 
 def _while_active(handle: Patch, original: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:
@@ -339,6 +341,7 @@ def _while_active(handle: Patch, original: Callable[..., Any], wrapped: Callable
     def call(*args: Any, **kwargs: Any) -> Any:
         return (wrapped if handle.active else original)(*args, **kwargs)
 
+    compilers.never_alone(call)
     return call
 
 
@@ -350,10 +353,11 @@ def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., An
         return lambda found: no_continuous_batching
     return {
         LOSS: lambda found: pruning_labels(found, stage.parts),
+        COMPILED: saying_prepared,
         PREPARE: lambda found: preparing(found, handle.config.positions),
         PREFILL: lambda found: prefilling(found, placeholders, handle.later_turn),
         MAY_COMPILE: lambda found: never_compiled,
-        PROCESS_DEEPSTACK: stage.layers.deepstack,
+        PROCESS_DEEPSTACK: lambda found: between_graphs(stage.layers.deepstack(found)),
     }[method]
 
 
@@ -381,8 +385,10 @@ def _hook(
     before: bool = False,
     first: bool = False,
     always: bool = False,
+    each_step: bool = False,
 ) -> None:
     """Register a forward hook that gets keywords too. How to undo it is written down first: it is found by itself."""
+    hook = between_graphs(hook, steps_aside=not each_step)
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
     registers = [
         getattr(module, name) for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called") if name in vars(module)
@@ -398,9 +404,3 @@ def _hook(
         module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
     else:
         module.register_forward_hook(hook, always_call=always, with_kwargs=True)
-
-
-def _forget_compiled(model: nn.Module) -> None:
-    """Graphs compiled before do not see hooks added since, and the other way round."""
-    if model.__dict__.pop(COMPILED_SLOT, None) is not None:
-        torch._dynamo.reset()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import modeling_layers
 
 from vtc.dialect.arguments import HIDDEN, POSITIONS
+from vtc.dialect.compilers import uncompiled
 
 # Newer releases checkpoint a layer's forward and leave the hooks outside; older ones its __call__.
 CHECKPOINTS_HOOKS = "__call__" in modeling_layers.GradientCheckpointingLayer.__dict__
@@ -24,12 +25,12 @@ _INTERFACE = "attention_interface"
 
 def self_attention(layer: nn.Module) -> nn.Module | None:
     """A decoder layer's attention."""
-    return getattr(layer, "self_attn", None)
+    return uncompiled(getattr(layer, "self_attn", None))
 
 
 def mlp(layer: nn.Module) -> nn.Module | None:
     """A decoder layer's feed-forward network."""
-    return getattr(layer, "mlp", None)
+    return uncompiled(getattr(layer, "mlp", None))
 
 
 def norm(layer: nn.Module, hidden: Tensor) -> Tensor:

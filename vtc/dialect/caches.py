@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -104,8 +105,10 @@ def stored_bytes(cache: Cache) -> int:
 class _Pruned:
     """Mixed into the class of a cache that was pruned. Sizes for masks stay physical; the rest is logical."""
 
+    _vtc_prepared = False
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # there, hooks see to it
             ledger_of(self).check_in_use()
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
@@ -161,6 +164,26 @@ def give_ledger(cache: Cache, ledger: Ledger) -> None:
     """Make a cache a pruned one: the same object and tensors, its class a subclass of what it was."""
     setattr(cache, _LEDGER, ledger)
     cache.__class__ = _pruned(type(cache))
+
+
+def pruned(cache: Any) -> bool:
+    """Whether a cache was pruned. It is told from the class, which compilers guard."""
+    return isinstance(cache, _Pruned)
+
+
+def is_prepared(cache: Any) -> bool:
+    """Whether the masks of the step that is running were made for what this pruned cache holds."""
+    return bool(cache._vtc_prepared)
+
+
+@contextmanager
+def prepared_for(cache: Any) -> Iterator[None]:
+    """Say so while one step runs. It stands on the cache because compiled code may look at its arguments only."""
+    cache._vtc_prepared = True
+    try:
+        yield
+    finally:
+        cache._vtc_prepared = False
 
 
 def _take_ledger(cache: Cache) -> None:

@@ -60,14 +60,13 @@ PAGED = (
     WrappedMethod("init_continuous_batching", "generates from a paged cache"),
 )
 MAY_COMPILE = WrappedMethod("_valid_auto_compile_criteria", "decides whether generate compiles decode steps")
+COMPILED = WrappedMethod("get_compiled_call", "gives generate the call that it compiles")
 LOSS = WrappedMethod("loss_function", "computes the loss from logits and labels")
 PROCESS_DEEPSTACK = WrappedMethod("_deepstack_process", "adds features to early layers")
 _POSITIONS = WrappedMethod("_prepare_position_ids_for_generation", "makes the position ids of a prompt")
 
 LOSS_SLOT = "_loss_function"
 """Where an instance keeps a loss function of its own, behind the property."""
-COMPILED_SLOT = "_compiled_call"
-"""Where generate keeps the call that it compiled."""
 
 
 def wrapped_methods(root: nn.Module, decoder: nn.Module, inside: bool) -> list[tuple[nn.Module, WrappedMethod]]:
@@ -83,7 +82,7 @@ def wrapped_methods(root: nn.Module, decoder: nn.Module, inside: bool) -> list[t
     """
     found: list[tuple[nn.Module, WrappedMethod]] = [(root, LOSS)]
     if generates(root):
-        found += [(root, method) for method in (PREPARE, PREFILL, *PAGED)]
+        found += [(root, method) for method in (PREPARE, PREFILL, COMPILED, *PAGED)]
         if inside:
             found.append((root, MAY_COMPILE))
     if inside and Spelling(decoder.forward, "").name(DEEPSTACK) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtc.dialect import caches, masks
 from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, HIDDEN, IDS, MASK, POSITIONS, ROTARY, Spelling
+from vtc.dialect.compilers import uncompiled
 
 _BASE = (IDS, EMBEDS, MASK, CACHE)
 _DECODER = (EMBEDS, MASK, POSITIONS, CACHE)
@@ -45,7 +46,7 @@ class Spellings:
         caches.check()
         masks.check()
         layers = tuple(
-            Spelling(x.forward, f"{type(x).__name__} (layer {i})", _LAYER) for i, x in enumerate(decoder.layers)
+            Spelling(x.forward, f"{type(x).__name__} (layer {i})", _LAYER) for i, x in enumerate(layers_of(decoder))
         )
         return cls(
             Spelling(root.forward, f"{type(root).__name__}.forward", (IDS,)),
@@ -56,18 +57,26 @@ class Spellings:
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    """The transformers model inside a PEFT wrapper, and inside what ``torch.compile(model)`` returns."""
+    model = uncompiled(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return uncompiled(model.get_base_model())
+    return model
 
 
 def base_of(model: Any) -> nn.Module:
     """What encodes images, embeds ids, merges both and calls the decoder; the model itself if it is that already."""
-    return model.base_model
+    return uncompiled(model.base_model)
 
 
 def decoder_of(model: Any) -> nn.Module:
     """The language model, which sees embeddings."""
-    return model.get_decoder()
+    return uncompiled(model.get_decoder())
+
+
+def layers_of(decoder: Any) -> list[nn.Module]:
+    """Its layers, in the order in which they run."""
+    return [uncompiled(layer) for layer in decoder.layers]
 
 
 def violations(model: Any) -> Iterator[str]:
@@ -84,7 +93,7 @@ def violations(model: Any) -> Iterator[str]:
     if decoder is None or decoder is base or decoder is model or not len(getattr(decoder, "layers", ())):
         yield "it has no decoder with layers of its own behind its base model"
         return
-    if Spelling(decoder.layers[0].forward, "").name(ROTARY) is None:
+    if Spelling(layers_of(decoder)[0].forward, "").name(ROTARY) is None:
         yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"
 
 

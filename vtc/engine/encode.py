@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.dialect.compilers import never_alone
 from vtc.dialect.modules import features_in
+from vtc.engine.compiled import between_graphs
 from vtc.engine.context import cls_rows, is_bypassed, recording_cls_rows, running_frame
 from vtc.engine.locate import Encoded
 from vtc.models import Adapter, Parts
@@ -68,15 +70,22 @@ def listening(
     base = parts.base
     signature = inspect.signature(encode)
 
-    @functools.wraps(encode)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    @between_graphs
+    def begin() -> Any:
         nested = cls_rows(parts) is not None  # some families encode videos by way of their image encoder
-        if torch.compiler.is_compiling() or is_bypassed() or nested:
-            return encode(*args, **kwargs)
-        with recording_cls_rows(parts) as rows:
-            output = encode(*args, **kwargs)
+        if is_bypassed() or nested:
+            return None
+        recording = recording_cls_rows(parts)
+        return recording, recording.__enter__()
+
+    @between_graphs
+    def end(recording: Any) -> None:
+        recording.__exit__(None, None, None)
+
+    @between_graphs
+    def hear(output: Any, rows: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (lengths := feature_lengths(output)) is None:
-            return output
+            return
         arguments = _flat(signature, args, kwargs)
         layouts = adapter.layouts(base, modality, lengths, arguments)
         signals = {}
@@ -89,8 +98,20 @@ def listening(
             memory.keep(modality, output, encoded)
         if (frame := running_frame(parts)) is not None:
             frame.encoded[modality] = encoded
+
+    @functools.wraps(encode)
+    def call(*args: Any, **kwargs: Any) -> Any:  # what it calls before and after stays out of graphs, the encoder not
+        if (begun := begin()) is None:
+            return encode(*args, **kwargs)
+        recording, rows = begun
+        try:
+            output = encode(*args, **kwargs)
+        finally:
+            end(recording)
+        hear(output, rows, args, kwargs)
         return output
 
+    never_alone(call)
     return call
 
 

@@ -57,7 +57,7 @@ class EntryStage:
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prune a prompt; in a decode step only shift positions, and only if they are compact."""
-        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None:
+        if (frame := running_frame(self.parts)) is None:
             return None
         if not is_running(
             self.parts.base
@@ -95,7 +95,7 @@ class EntryStage:
         Raises:
             RuntimeError: it is not. Whatever is generated from such a cache is wrong, so nothing is.
         """
-        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None or frame.adopted is None:
+        if (frame := running_frame(self.parts)) is None or frame.adopted is None:
             return
         cache, frame.adopted = frame.adopted, None
         if (returned := cache_in(output)) is not None and returned is not cache:
@@ -129,7 +129,7 @@ class EntryStage:
         Layers rotate with embeddings that were made from the positions before. One that computes with positions keeps
         them, and gets a mask, before which flash attention looks at no positions.
         """
-        if torch.compiler.is_compiling() or POSITIONS.read(kwargs) is None:
+        if POSITIONS.read(kwargs) is None:
             return None
         if (frame := running_frame(self.parts)) is None:
             return None

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from vtc.dialect.arguments import CACHE, EMBEDS, IDS, MASK, NEW_LENGTH, POSITIONS, Spelling
 from vtc.dialect.caches import has_fixed_size, physical_length
+from vtc.dialect.compilers import never_alone
 from vtc.dialect.generation import PREFILL, chunk_size
+from vtc.engine.compiled import between_graphs
 from vtc.engine.context import PREPARED_MASKS, PreparedMasks, is_bypassed, running_frame
 from vtc.engine.lengths import slot_map
 
@@ -86,8 +88,8 @@ def no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
 def pruning_labels(loss: Callable[..., Any], owner: Any) -> Callable[..., Any]:
     """Wrap the loss: labels lose the columns that the logits lost."""
 
-    @functools.wraps(loss)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    @between_graphs
+    def shortened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         frame = running_frame(owner)
         if frame is not None and frame.compaction is not None:
             passed = frame.inside.history if frame.inside is not None else []
@@ -95,8 +97,14 @@ def pruning_labels(loss: Callable[..., Any], owner: Any) -> Callable[..., Any]:
             shape = frame.compaction.keep.shape
             args = tuple(shorten(a) if _are_labels(a, shape) else a for a in args)
             kwargs = {name: shorten(v) if _are_labels(v, shape) else v for name, v in kwargs.items()}
+        return args, kwargs
+
+    @functools.wraps(loss)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = shortened(args, kwargs)
         return loss(*args, **kwargs)
 
+    never_alone(call)
     return call
 
 

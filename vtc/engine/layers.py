@@ -82,7 +82,7 @@ class LayerStages:
 
     def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prefill: drop if a stage is here, and hand over what fits the shorter sequence. Decode: maybe a mask."""
-        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None:
+        if (frame := running_frame(self.parts)) is None:
             return None
         if frame.inside is None:
             return self._later(index, frame, args, kwargs)
@@ -107,7 +107,7 @@ class LayerStages:
 
     def after_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Score what an attention or MLP module did to each token."""
-        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None or frame.inside is None:
+        if (frame := running_frame(self.parts)) is None or frame.inside is None:
             return
         inside = frame.inside
         before = attention.hidden_states(args, kwargs)

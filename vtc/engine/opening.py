@@ -33,7 +33,7 @@ class Opening:
 
     def before_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Open a frame. If the caller wants the logits of some columns, :meth:`after_base` will pick them."""
-        if torch.compiler.is_compiling() or is_bypassed():
+        if is_bypassed():
             return None
         frame = Frame(self.parts)
         FRAME.set(frame)
@@ -50,14 +50,13 @@ class Opening:
     @staticmethod
     def after_root(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Close the frame, also when the forward pass raised."""
-        if not torch.compiler.is_compiling():
-            FRAME.set(None)
+        FRAME.set(None)
 
     # -- the base model -------------------------------------------------------------------------------------------
 
     def before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See what is asked; translate the masks for a cache that was pruned."""
-        if torch.compiler.is_compiling() or is_bypassed():
+        if is_bypassed():
             return None
         frame = FRAME.get()
         if frame is None or frame.owner is not self.parts or not is_running(self.parts.root):
@@ -113,7 +112,7 @@ class Opening:
         Raises:
             IndexError: one of them was dropped.
         """
-        if torch.compiler.is_compiling() or (frame := running_frame(self.parts)) is None or frame.wanted is None:
+        if (frame := running_frame(self.parts)) is None or frame.wanted is None:
             return None
         if isinstance(frame.wanted, int) and frame.wanted == 1 and (frame.compaction is None or not frame.pad_right):
             return None

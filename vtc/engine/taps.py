@@ -45,14 +45,14 @@ def _cls_scores(attention: nn.Module, hidden: Tensor) -> Tensor:
 
 def tap_cls(owner: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a vision self-attention: leave the CLS row with its owner, if that is recording."""
-    if torch.compiler.is_compiling() or (rows := cls_rows(owner)) is None:
+    if (rows := cls_rows(owner)) is None:
         return
     rows.append(cls_row(module, inner.hidden_states(args, kwargs).detach()))
 
 
 def tap_cls_logits(owner: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same for the logits."""
-    if torch.compiler.is_compiling() or (rows := cls_rows(owner)) is None:
+    if (rows := cls_rows(owner)) is None:
         return
     rows.logits.append(cls_logit_row(module, inner.hidden_states(args, kwargs).detach()))
 

@@ -49,8 +49,8 @@ class Parts:
         return self.base.config
 
     @property
-    def layers(self) -> nn.ModuleList:
-        return self.decoder.layers
+    def layers(self) -> list[nn.Module]:
+        return modules.layers_of(self.decoder)
 
     @property
     def vision_tower(self) -> str:

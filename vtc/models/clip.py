@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtc.dialect.compilers import uncompiled
 from vtc.tokens import Layout
 
 
@@ -22,7 +23,8 @@ def cls_attention(tower: nn.Module | None) -> nn.Module | None:
     layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
     if not layers:
         return None
-    attention = getattr(layers[-1], "self_attn", getattr(layers[-1], "attention", None))
+    last = uncompiled(layers[-1])
+    attention = uncompiled(getattr(last, "self_attn", getattr(last, "attention", None)))
     return attention if hasattr(attention, "q_proj") and hasattr(attention, "k_proj") else None
 
 
