@@ -48,6 +48,10 @@ class between_graphs:
 
         self.broken_out = torch.compiler.disable(plainly, reason=_REASON)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the local function, which pickle would complain about before it meets the patch."""
+        return {"function": self.function, "steps_aside": self.steps_aside}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it, outside of any graph."""
         if torch.compiler.is_exporting():
