@@ -28,33 +28,44 @@ _REASON = (
 )
 
 
-def between_graphs(function: Callable[..., Any], *, steps_aside: bool = False) -> Callable[..., Any]:
+class between_graphs:
     """The same function; inside of what is compiled, it runs as it would outside.
 
-    Args:
-        function: a hook, or a part of what replaces a method.
-        steps_aside: a hook that has nothing to do in a step of one column whose masks fit already.
+    An object, not a closure: whoever copies or pickles a patched model comes through it to the patch, which says no.
     """
 
-    def plainly(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    def __init__(self, function: Callable[..., Any], *, steps_aside: bool = False) -> None:
+        """Wrap.
 
-    broken_out = torch.compiler.disable(plainly, reason=_REASON)
+        Args:
+            function: a hook, or a part of what replaces a method.
+            steps_aside: a hook that has nothing to do in a step of one column whose masks fit already.
+        """
+        self.function, self.steps_aside = function, steps_aside
 
-    @functools.wraps(function, updated=())
-    def call(*args: Any, **kwargs: Any) -> Any:
+        def plainly(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        self.broken_out = torch.compiler.disable(plainly, reason=_REASON)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the local function, which pickle would complain about before it meets the patch."""
+        return {"function": self.function, "steps_aside": self.steps_aside}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it, outside of any graph."""
         if torch.compiler.is_exporting():
             raise NotImplementedError(
                 "torch.export cannot take a model under vtc.patch: which visual tokens stay is decided anew for each "
                 "prompt, outside of what is exported. vtc.unpatch(model) first, and export the model as it is; it "
                 "takes the shorter inputs of vtc.compress_inputs"
             )
-        if steps_aside and torch.compiler.is_compiling() and _nothing_to_do(args, kwargs):
+        if self.steps_aside and torch.compiler.is_compiling() and _nothing_to_do(args, kwargs):
             return None
-        return broken_out(*args, **kwargs)
+        return self.broken_out(*args, **kwargs)
 
-    compilers.never_alone(call)
-    return call
+
+compilers.never_alone(between_graphs.__call__)
 
 
 def _nothing_to_do(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
