@@ -43,6 +43,10 @@ TORCH = "torch==2.13.0"
 """In every lock. Where a CPU build of it lies beside the package index (find-links), that is taken, and nothing then
 asks for the CUDA packages of the index's own build, which the locks name too."""
 
+KERNELS = "triton==3.9.0"
+"""What the committed table of the kernels was made with. torch's CUDA build asks for an older one, and so the locks have
+that; its CPU build, which tests use, asks for none."""
+
 ONLY_NEWEST = (
     "backend",
     "budget",
@@ -85,6 +89,8 @@ def tests(session: nox.Session, transformers: str) -> None:
     lock = f"requirements/transformers-{transformers}.txt"
     session.install("-c", lock, "-e", ".[test]", f"transformers=={transformers}.*")
     session.run("python", ".ci/locked.py", lock)
+    if sys.platform == "linux":
+        session.install(KERNELS)
     elsewhere = ONLY_NEWEST if transformers != TRANSFORMERS[-1] else ()
     elsewhere += ONLY_ENDS if transformers in TRANSFORMERS[1:-1] else ()
     arguments = session.posargs or [*SUITE, *(f"--ignore-glob=tests/test_{name}.py" for name in elsewhere)]
