@@ -44,8 +44,8 @@ TORCH = "torch==2.13.0"
 asks for the CUDA packages of the index's own build, which the locks name too."""
 
 KERNELS = "triton==3.9.0"
-"""What the committed table of the kernels was made with. torch's CUDA build asks for an older one, and so the locks have
-that; its CPU build, which tests use, asks for none."""
+"""What the committed table of the kernels was made with. The CUDA build of torch asks for an older one, and so do the
+locks; its CPU build, which tests use, asks for none."""
 
 ONLY_NEWEST = (
     "backend",
