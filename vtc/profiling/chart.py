@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vtc.files import replacing
+
 if TYPE_CHECKING:
-    from vtc.files import replacing
-from vtc.profiling.measure import Measurement
+    from vtc.profiling.measure import Measurement
 
 PARTS = {"vision": "#4c72b0", "select": "#c44e52", "prefill": "#8c8c8c"}
 """Parts of the time to first token and their colours."""
