@@ -185,8 +185,8 @@ def test_errors_leave_no_trace(family: str, use: Callable[[Any, Batch], None]) -
 
 
 def forget_an_attribute(handle: vtc.Patch) -> None:
-    """The undo list lacks what puts an attribute back (the first in it is the handle's own)."""
-    del handle._undo[0]
+    """The undo list lacks what puts an attribute back (the handle's own is next to what forgets graphs)."""
+    del handle._undo[1]
 
 
 def forget_a_hook(handle: vtc.Patch) -> None:
@@ -374,7 +374,7 @@ def test_control_a_leak_over_the_batch_is_found(
     owner: Any, name: str, leak: Any, method: vtc.Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, name, leak)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ValueError)):  # picks of padding are refused before anybody compares
         check_alone_as_in_the_batch(get_model("llava_next"), batch_of("llava_next", EIGHT), method)
 
 
