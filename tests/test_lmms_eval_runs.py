@@ -81,6 +81,7 @@ def test_the_simple_model_with_the_checkpoint_as_it_is_shipped(folder):
     assert result["throughput"]["total_gen_tokens"] > 0  # this base logs none: ours
 
 
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels`:FutureWarning")  # lmms-eval passes them, no argument is ours
 def test_another_base_in_batches(folder, tmp_path):
     """Qwen2.5-VL, with random weights: chat messages, its own arguments, four samples at a time, bfloat16."""
     write_tiny_qwen(tmp_path)
