@@ -61,6 +61,7 @@ def continue_by_hand(
     positions: str = "original",
     new_tokens: int = 6,
     suppress: Sequence[int] = (),
+    values: Sequence[Tensor] | None = None,
 ) -> Continuation:
     """Prune one prompt and continue it greedily.
 
@@ -72,8 +73,13 @@ def continue_by_hand(
         positions: "original" keeps the position ids, "compact" numbers the kept tokens anew.
         new_tokens: how many tokens to decode.
         suppress: ids that are never chosen.
+        values: for each image, embeddings [k, D] of the tokens that stay; None: what they were.
     """
     call = decoder_call(model, sample)
+    if values is not None:
+        call["inputs_embeds"] = embeds = call["inputs_embeds"].clone()
+        for image, chosen, now in zip(images, keep or [], values, strict=True):
+            embeds[0, image[chosen]] = now
     stream = _stream(model, call)
     columns = kept_columns(stream.columns.numel(), images, keep)
     stream = _select(stream, columns)

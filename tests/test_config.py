@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from vtc.config import CompressionConfig
 from vtc.methods import Method, list_methods, method_class, register_method
-from vtc.methods.base import _REGISTRY
 from vtc.methods.divprune import DivPrune
 from vtc.methods.random import Random
+from vtc.methods.registry import _REGISTRY
 from vtc.methods.todre import ToDRE
 
 GOOD = {"version": 1, "method": "todre", "options": {"keep": 64, "pivot": "random"}, "positions": "compact"}
@@ -23,7 +23,7 @@ GOOD = {"version": 1, "method": "todre", "options": {"keep": 64, "pivot": "rando
 @pytest.fixture
 def chain(monkeypatch):
     """A method made of methods."""
-    monkeypatch.setattr("vtc.methods.base._REGISTRY", dict(_REGISTRY))
+    monkeypatch.setattr("vtc.methods.registry._REGISTRY", dict(_REGISTRY))
 
     @register_method
     @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def chain(monkeypatch):
         others: tuple[Method | int, ...] = ()
         name: ClassVar[str] = "links"
 
-        def select(self, tokens, budget):
+        def reduce(self, stage, tokens, budget):
             raise NotImplementedError
 
     return Chain

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from asking import keep_mask, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import NoSync
@@ -120,7 +121,7 @@ SHAPES = [
 @pytest.mark.parametrize("layout", SHAPES, ids=lambda x: str(x.segments[1].grid))
 def test_it_is_the_published_algorithm(layout, keep, signal):
     tokens = tokens_of(layout, seed=3)
-    mask, counts = GlobalCom2(keep=keep, scores=signal).keep_mask(tokens)
+    mask, counts = keep_mask(GlobalCom2(keep=keep, scores=signal), tokens)
     expected = by_hand(tokens, 0, keep, {"logits": "cls_logits", "probabilities": "cls"}[signal])
     assert set(mask[0].nonzero()[:, 0].tolist()) == expected
     assert counts == (len(expected),)
@@ -128,7 +129,7 @@ def test_it_is_the_published_algorithm(layout, keep, signal):
 
 def test_the_reference_notices_another_command():
     tokens = tokens_of(SHAPES[0], seed=3, spread=3.0)
-    ours = set(GlobalCom2(scores="logits").keep_mask(tokens)[0][0].nonzero()[:, 0].tolist())
+    ours = set(keep_mask(GlobalCom2(scores="logits"), tokens)[0][0].nonzero()[:, 0].tolist())
     assert by_hand(tokens, 0, 0.25, "cls_logits", tau=1e6) != ours
     assert by_hand(tokens, 0, 0.25, "cls") != ours
 
@@ -138,11 +139,11 @@ def test_the_reference_notices_another_command():
 def test_an_image_alone_keeps_the_same_as_beside_others(scores, selector):
     method = GlobalCom2(keep=0.3, scores=scores, selector=selector)
     layouts = (*SHAPES, video(3, 9), alone(), Layout.plain(11))
-    mask, counts = method.keep_mask(tokens_of(*layouts, pad=4))
+    mask, counts = keep_mask(method, tokens_of(*layouts, pad=4))
     assert mask.sum(1).tolist() == list(counts)
     for g, layout in enumerate(layouts):
         one = dataclasses.replace(tokens_of(layout), ordinals=(g,))
-        own, (count,) = method.keep_mask(one)
+        own, (count,) = keep_mask(method, one)
         assert torch.equal(own[0], mask[g, : layout.length])
         assert count == counts[g]
         assert not mask[g, layout.length :].any()
@@ -160,7 +161,7 @@ def test_counts_hold(keep, seed, spread, at):
     tokens = tokens_of(SHAPES[at], video(4, 6), seed=seed, spread=spread)
     for scores in ("logits", "distance"):
         method = GlobalCom2(keep=keep, scores=scores)
-        mask, counts = method.keep_mask(tokens)
+        mask, counts = keep_mask(method, tokens)
         assert mask.sum(1).tolist() == list(counts)
         for layout, count in zip(tokens.layouts, counts, strict=True):
             bare = layout.length - len(layout.newlines())
@@ -173,7 +174,7 @@ def test_counts_hold(keep, seed, spread, at):
 
 def test_equal_claims_get_equal_budgets():
     tokens = tokens_of(SHAPES[0], spread=0.0)
-    mask, _ = GlobalCom2(keep=0.25, scores="logits").keep_mask(tokens)
+    mask, _ = keep_mask(GlobalCom2(keep=0.25, scores="logits"), tokens)
     parts = SHAPES[0].parts()
     assert [int(mask[0, list(part.tokens)].sum()) for part in parts] == [9] * 5
 
@@ -184,15 +185,15 @@ def test_the_commanded_crop_gets_most():
     logits = torch.zeros(1, layout.length)
     logits[0, torch.arange(36).reshape(6, 6)[3:, :3].flatten()] = 9.0  # the lower left of the thumbnail
     tokens = dataclasses.replace(tokens, signals={"cls_logits": logits})
-    mask, _ = GlobalCom2(keep=0.25, scores="logits").keep_mask(tokens)
+    mask, _ = keep_mask(GlobalCom2(keep=0.25, scores="logits"), tokens)
     sizes = {part.cell: int(mask[0, list(part.tokens)].sum()) for part in layout.parts()[1:]}
     assert sizes == {0: 6, 1: 6, 2: 15, 3: 6}  # 36 * 0.25 * 0.75 and * 1.75, cut to integers
 
 
 def test_any_selector_chooses_within_the_budgets():
     tokens = tokens_of(SHAPES[1], seed=5)
-    own, counts = GlobalCom2(keep=0.3, scores="logits").keep_mask(tokens)
-    other, same = GlobalCom2(keep=0.3, scores="logits", selector=DivPrune()).keep_mask(tokens)
+    own, counts = keep_mask(GlobalCom2(keep=0.3, scores="logits"), tokens)
+    other, same = keep_mask(GlobalCom2(keep=0.3, scores="logits", selector=DivPrune()), tokens)
     assert counts == same
     assert not torch.equal(own, other)
     for part in SHAPES[1].parts():
@@ -208,11 +209,11 @@ def test_video_frames_that_differ_from_the_rest_get_more():
     features[..., 0] = 1.0
     features[0, 60:90, :2] = torch.tensor([0.0, 1.0])  # the third frame
     tokens = VisualTokens(features, (layout,), (0,))
-    mask, _ = GlobalCom2(keep=0.4, scores="distance").keep_mask(tokens)
+    mask, _ = keep_mask(GlobalCom2(keep=0.4, scores="distance"), tokens)
     sizes = [int(mask[0, list(part.tokens)].sum()) for part in layout.parts()]
     assert sizes[2] > max(sizes[:2] + sizes[3:])
     logits = dataclasses.replace(tokens, signals={"cls_logits": torch.zeros(1, layout.length)})
-    assert torch.equal(GlobalCom2(keep=0.4, scores="logits").keep_mask(logits)[0], mask)
+    assert torch.equal(keep_mask(GlobalCom2(keep=0.4, scores="logits"), logits)[0], mask)
 
 
 def test_distance_is_minus_the_cosine_to_the_mean():
@@ -231,20 +232,14 @@ def test_only_the_shares_are_waited_for(selector, monkeypatch):
     monkeypatch.setattr(returns, "_looks", lambda method, device: False)  # as on a GPU
     tokens = tokens_of(*SHAPES, video(3, 9), alone())
     with NoSync():
-        GlobalCom2(keep=0.3, scores="logits", selector=selector).keep_mask(tokens)
+        keep_mask(GlobalCom2(keep=0.3, scores="logits", selector=selector), tokens)
     assert waits == [(4 + 4 + 3 + 4 + 4 + 3,)]
 
 
-def test_budget_and_select_tell_the_same():
-    tokens = tokens_of(SHAPES[2], video(3, 9)).without_newlines()[0]
-    method = GlobalCom2(keep=0.3, scores="logits")
-    mask, counts = method.choose(tokens)
-    assert method.budget(tokens) == counts
-    picks = method.select(tokens, counts)
-    for row, k, own in zip(picks, counts, mask, strict=True):
-        assert row[:k].tolist() == own.nonzero()[:, 0].tolist()
-    with pytest.raises(ValueError, match="budget"):
-        method.select(tokens, (1, 1))
+def test_counts_are_told_only_where_everything_stays():
+    method, layouts = GlobalCom2(keep=0.3, scores="logits"), [SHAPES[2], video(3, 9)]
+    assert method.counts(layouts) is None
+    assert dataclasses.replace(method, keep=1.0).counts(layouts) == tuple(layout.length for layout in layouts)
 
 
 # --- what is settled, and what is refused
@@ -254,9 +249,9 @@ def test_scores_follow_the_tower():
     assert GlobalCom2().settle(NEXT).scores == "logits"
     no_cls = dataclasses.replace(NEXT, signals=frozenset())
     assert GlobalCom2().settle(no_cls).scores == "distance"
-    assert GlobalCom2(scores="probabilities").settle(NEXT).needs == {"cls"}
-    assert GlobalCom2(scores="logits", selector=ToDRE()).needs == {"cls", "cls_logits"}
-    assert GlobalCom2().needs == frozenset()
+    assert needs(GlobalCom2(scores="probabilities").settle(NEXT)) == {"cls"}
+    assert needs(GlobalCom2(scores="logits", selector=ToDRE())) == {"cls", "cls_logits"}
+    assert needs(GlobalCom2()) == set()
     assert 'scores="distance"' in GlobalCom2(scores="logits").remedy
 
 
@@ -275,7 +270,7 @@ def test_a_thumbnail_that_is_no_square_is_named():
         ),
     )
     with pytest.raises(ValueError, match="3 tokens"):
-        GlobalCom2(keep=0.5, scores="distance").keep_mask(tokens_of(layout))
+        keep_mask(GlobalCom2(keep=0.5, scores="distance"), tokens_of(layout))
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,20 @@ from zoo import FAMILIES, GREEDY, NEW_TOKENS, get_model, make_batch
 import vtc
 from vtc.dialect.attention import CHECKPOINTS_HOOKS
 from vtc.dialect.caches import physical_length
-from vtc.methods.base import Stage, register_method
-from vtc.tokens import InsideTokens, VisualTokens
+from vtc.methods import ModelFacts, Reduction, Stage, register_method
+from vtc.places import Entry, Layer
+from vtc.signals import Rows, Share, Signal, Transitions
+from vtc.tokens import VisualTokens
 
 FITTING = [name for name in FAMILIES if name != "qwen3_5"]  # its linear attention keeps no single tokens
 SHORT_WINDOWS = ("gemma3_window8", "gemma4", "gemma4_bidirectional")
 SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "mistral3"]
-SIGNALS = frozenset({"instruction", "last", "transition", "text_to_visual", "visual_to_text"})
+
+
+def signals(layer: int) -> tuple[Signal, ...]:
+    """All that there are for a stage after so many layers."""
+    rows = (Rows(layer, of="text"), Rows(layer, of="last"), Share(layer, of="text"), Share(layer, of="visual"))
+    return (*rows, Transitions(0, until=layer))
 
 
 @register_method
@@ -45,27 +52,23 @@ class EveryOther(vtc.Method):
     entry: bool = False
     everything: bool = False
 
-    def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
-        return tuple((n + 1) // 2 for n in tokens.lengths) if self.entry else tokens.lengths
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        inside = tuple(Stage(Layer(after), signals(after)) for after in self.after)
+        return (Stage(Entry()), *inside) if self.entry else inside
 
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-        return (2 * torch.arange(max(budget))).clamp(max=tokens.features.shape[1] - 1).expand(len(budget), -1)
+    def counts(self, layouts: Any, stage: Stage | None = None, given: Any = None) -> None:
+        return None
 
-    def stages(self, depth: int) -> tuple[Stage, ...]:
-        return tuple(Stage(after, SIGNALS, transitions=tuple(range(after))) for after in self.after)
-
-    def transition(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-        return vtc.ops.transition_variation(before, after, mask=real)
-
-    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
-        SEEN.append(tokens)
-        if self.everything:
-            return torch.zeros_like(tokens.alive), (0,) * len(tokens.counts)
-        rank = tokens.alive.cumsum(1) - 1
-        return tokens.alive & (rank % 2 == 0), tuple((n + 1) // 2 for n in tokens.counts)
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        if isinstance(stage.at, Layer):
+            SEEN.append(tokens)
+            if self.everything:
+                return Reduction.of_mask(torch.zeros_like(tokens.mask), (0,) * len(tokens.counts))
+        rank = tokens.mask.cumsum(1) - 1
+        return Reduction.of_mask(tokens.mask & (rank % 2 == 0), tuple((n + 1) // 2 for n in tokens.counts))
 
 
-SEEN: list[InsideTokens] = []
+SEEN: list[VisualTokens] = []
 SCHEDULES = {
     "first": EveryOther(after=(1,)),
     "late": EveryOther(after=(2,)),
@@ -293,7 +296,7 @@ def test_a_call_after_a_cached_one_needs_no_mask() -> None:
     torch.testing.assert_close(got, expected)
     assert len(heard) == len(also) == 4
     for one, other in zip(heard, also, strict=True):
-        for name in SIGNALS:
+        for name in one.signals:
             torch.testing.assert_close(one.signals[name], other.signals[name])
 
 

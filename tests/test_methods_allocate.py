@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from asking import keep_mask
 from hypothesis import given
 from hypothesis import strategies as st
 from test_globalcom2 import SHAPES, alone, tokens_of, video
@@ -53,36 +54,36 @@ def test_truncation_and_shares():
 @pytest.mark.parametrize("selector", [DivPrune(), Random(), Grid()])
 def test_totals_are_those_of_keep_and_an_image_alone_keeps_the_same(by, keep, selector):
     method = Allocate(keep=keep, by=by, selector=selector)
-    mask, counts = method.keep_mask(tokens_of(*IMAGES, pad=2))
+    mask, counts = keep_mask(method, tokens_of(*IMAGES, pad=2))
     assert mask.sum(1).tolist() == list(counts)
     for g, layout in enumerate(IMAGES):
         newlines = layout.newlines()
         assert counts[g] == count(keep, layout.length - len(newlines)) + len(newlines)
         assert mask[g, newlines].all()
         one = dataclasses.replace(tokens_of(layout), ordinals=(g,))
-        assert torch.equal(method.keep_mask(one)[0][0], mask[g, : layout.length])
+        assert torch.equal(keep_mask(method, one)[0][0], mask[g, : layout.length])
 
 
 def test_uniform_gives_every_part_the_same_share():
     layout = SHAPES[0]
-    mask, _ = Allocate(keep=0.25).keep_mask(tokens_of(layout))
+    mask, _ = keep_mask(Allocate(keep=0.25), tokens_of(layout))
     assert [int(mask[0, list(part.tokens)].sum()) for part in layout.parts()] == [9] * 5
 
 
 def test_by_image_is_the_selector_itself():
     tokens = tokens_of(*IMAGES)
-    ours = Allocate(keep=0.3, by="image", selector=DivPrune()).keep_mask(tokens)
-    theirs = DivPrune(keep=0.3, newlines="keep").keep_mask(tokens)
+    ours = keep_mask(Allocate(keep=0.3, by="image", selector=DivPrune()), tokens)
+    theirs = keep_mask(DivPrune(keep=0.3, newlines="keep"), tokens)
     assert torch.equal(ours[0], theirs[0])
     assert ours[1] == theirs[1]
 
 
 def test_by_frame_splits_videos_alone():
     tokens = tokens_of(*IMAGES)
-    mask, _ = Allocate(keep=0.34, by="frame").keep_mask(tokens)
+    mask, _ = keep_mask(Allocate(keep=0.34, by="frame"), tokens)
     frames = IMAGES[1].parts()
     assert [int(mask[1, list(part.tokens)].sum()) for part in frames] == [3, 3, 3]
-    whole, _ = Allocate(keep=0.34, by="image").keep_mask(tokens)
+    whole, _ = keep_mask(Allocate(keep=0.34, by="image"), tokens)
     assert torch.equal(mask[0], whole[0])
     picks = ops.farthest_first(tokens.features[1, :9], 3)
     assert set(mask[1, :9].nonzero()[:, 0].tolist()) == set(picks.tolist())
@@ -90,7 +91,7 @@ def test_by_frame_splits_videos_alone():
 
 def test_parts_draw_different_random_numbers():
     tokens = tokens_of(video(4, 40))
-    mask, _ = Allocate(keep=0.25, selector=Random()).keep_mask(tokens)
+    mask, _ = keep_mask(Allocate(keep=0.25, selector=Random()), tokens)
     rows = {tuple(mask[0, 40 * f : 40 * f + 40].tolist()) for f in range(4)}
     assert len(rows) == 4
 
@@ -98,7 +99,7 @@ def test_parts_draw_different_random_numbers():
 def test_allocating_does_not_wait_for_the_device():
     tokens = tokens_of(*IMAGES)
     with NoSync():
-        Allocate(keep=0.3).keep_mask(tokens)
+        keep_mask(Allocate(keep=0.3), tokens)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 
+import asking
 import pytest
 import torch
+from asking import needs
 from safetensors.torch import save_file
 
 from vtc import ops
@@ -19,7 +20,6 @@ from vtc.methods.importance import (
     FeatureNorm,
     Importance,
     SelectorWeights,
-    TextRelevance,
     register_importance,
 )
 from vtc.tokens import Layout, VisualTokens
@@ -51,14 +51,14 @@ def scorer(width: int = 8, hidden: int = 4, seed: int = 0) -> dict[str, torch.Te
 def test_idpruner_is_maximal_marginal_relevance_of_scaled_scores(importance, balance):
     tokens = tokens_of(30, 12, pad=3)
     method = IDPruner(keep=0.3, importance=importance, balance=balance)
-    picks = method.select(tokens, (9, 4))
+    picks = asking.picks(method, tokens, (9, 4))
     for g, (n, k) in enumerate(((30, 9), (12, 4))):
         x = tokens.features[g, :n]
         s = tokens.signals["cls"][g, :n] if importance == ClsAttention() else x.norm(dim=-1)
         s = (s - s.min()) / (s.max() - s.min() + 1e-6)
         expected = ops.max_marginal_relevance(x, s, k, balance)
         assert picks[g, :k].tolist() == expected.tolist()
-    assert method.budget(tokens) == (9, 4)  # round(30 * 0.3), round(12 * 0.3)
+    assert method.counts(tokens.layouts) == (9, 4)  # round(30 * 0.3), round(12 * 0.3)
 
 
 def test_scaling_leaves_padding_out():
@@ -72,19 +72,9 @@ def test_the_importance_follows_the_model_unless_it_is_given():
     assert IDPruner().settle(facts(8)).importance == FeatureNorm()
     given = IDPruner(importance=FeatureNorm())
     assert given.settle(facts(8, "cls")) is given
-    assert IDPruner().needs == frozenset()
-    assert IDPruner(importance=ClsAttention()).needs == {"cls"}
+    assert needs(IDPruner()) == set()
+    assert needs(IDPruner(importance=ClsAttention())) == {"cls"}
     assert "FeatureNorm" in IDPruner(importance=ClsAttention()).remedy
-
-
-def test_text_relevance_needs_a_text_tower():
-    method = IDPruner(importance=TextRelevance())
-    with pytest.raises(ValueError, match=r"text tower.*'toy'.*ClsAttention"):
-        method.check(facts())
-    method.check(facts(has_text_tower=True))
-    assert method.needs == {"text_relevance"}
-    tokens = dataclasses.replace(tokens_of(9), signals={"text_relevance": torch.arange(9.0)[None]})
-    assert method.select(tokens, (3,))[0, 0] == 8
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "visual.importance_scorer.", "_orig_mod.module."])
@@ -166,7 +156,7 @@ def test_paths_that_hold_no_weights_are_named(tmp_path):
         SelectorWeights(str(tmp_path)).check(facts(8))
 
 
-@pytest.mark.parametrize("importance", [None, ClsAttention(), FeatureNorm(), TextRelevance(), SelectorWeights("x")])
+@pytest.mark.parametrize("importance", [None, ClsAttention(), FeatureNorm(), SelectorWeights("x")])
 def test_importances_survive_json(importance):
     config = CompressionConfig.of(IDPruner(importance=importance))
     again = CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict())))

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asking import inside as inside_of
+from asking import keep_mask, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import NoSync
@@ -23,9 +25,12 @@ from vtc.methods.globalcom2 import GlobalCom2
 from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm
 from vtc.methods.random import Random
+from vtc.methods.stages import steps_of
 from vtc.methods.todre import ToDRE
 from vtc.methods.transprune import RATIOS, TransPrune, scaled_layers
-from vtc.tokens import InsideTokens, Layout, Segment, VisualTokens
+from vtc.places import Entry, Layer
+from vtc.signals import Rows, Share, Transitions
+from vtc.tokens import Layout, Segment, VisualTokens
 
 RECORDED = Path(__file__).parent / "recorded" / "transprune_rank.npz"
 STAGE2 = ToDRE(stage2=True)
@@ -37,7 +42,7 @@ def facts(depth: int = 32, *signals: str) -> ModelFacts:
 
 def inside(
     lengths: list[int], *, alive: torch.Tensor | None = None, seed: int = 0, pad: int = 0, layouts=None, given=None
-) -> InsideTokens:
+) -> VisualTokens:
     """Scores of image g depend on its length alone, wherever it stands."""
     layouts = [Layout.plain(n) for n in lengths] if layouts is None else layouts
     n = max(lengths) + pad
@@ -48,14 +53,15 @@ def inside(
         generator = torch.Generator().manual_seed(100 * seed + length)
         for scores in signals.values():
             scores[g, :length] = torch.rand(length, generator=generator)
-    return InsideTokens(
+    return VisualTokens(
         torch.zeros(len(lengths), n, 4),
         tuple(layouts),
-        tuple(range(len(lengths))),
-        alive,
-        tuple(alive.sum(1).tolist()),
-        tuple(lengths) if given is None else given,
+        (0,) * len(lengths),
         {name: scores.masked_fill(~alive, 0.0) for name, scores in signals.items()},
+        samples=tuple(range(len(lengths))),
+        alive=alive,
+        alive_counts=tuple(alive.sum(1).tolist()),
+        entered=tuple(lengths) if given is None else given,
     )
 
 
@@ -71,21 +77,24 @@ def test_published_layers_scale_with_depth(depth, layers):
 
 @given(st.integers(4, 200))
 def test_a_schedule_fits_every_depth(depth):
-    stages = TransPrune().stages(depth)
-    after = [stage.after for stage in stages]
+    stages = TransPrune().stages(facts(depth))
+    after = [stage.at.after for stage in stages]
     assert sorted(set(after)) == after
     assert after[0] >= 1
     assert after[-1] < depth
     for stage in stages:
-        assert stage.signals == {"instruction", "transition"}
-        assert stage.attention is None  # the next layer's
-        assert stage.transitions == tuple(range(after[0] - 1, stage.after))
+        transitions, rows = stage.needs
+        assert rows == Rows(stage.at.after, of="text")  # the next layer's
+        assert transitions == Transitions(after[0] - 1, until=stage.at.after)
 
 
 def test_transitions_are_those_of_layers_7_to_12():
-    assert [stage.transitions for stage in TransPrune().stages(32)] == [(6,), (6, 7, 8), (6, 7, 8, 9, 10, 11)]
+    def watched(method: TransPrune, depth: int) -> list[tuple[int, tuple[int, ...]]]:
+        return [(stage.at.after, tuple(stage.needs[0].watched())) for stage in method.stages(facts(depth))]
+
+    assert watched(TransPrune(), 32) == [(7, (6,)), (9, (6, 7, 8)), (12, (6, 7, 8, 9, 10, 11))]
     own = TransPrune(layers=(3, 5), ratios=(0.5, 0.25), since=2)
-    assert [(s.after, s.transitions) for s in own.stages(6)] == [(3, (1, 2)), (5, (1, 2, 3, 4))]
+    assert watched(own, 6) == [(3, (1, 2)), (5, (1, 2, 3, 4))]
 
 
 def test_it_repeats_a_recorded_run():
@@ -101,9 +110,9 @@ def test_it_repeats_a_recorded_run():
         tokens = dataclasses.replace(
             inside([64], alive=alive), signals={"transition": total[None] * alive, "instruction": instruction}
         )
-        score = TransPrune(alpha=0.5)._score(tokens)[0, ids] * 2
+        score = TransPrune(alpha=0.5).score(Stage(Layer(7)), tokens)[0, ids] * 2
         assert torch.allclose(score, torch.from_numpy(z[f"stage{stage}_score"]), atol=1e-6)
-        kept, (count,) = TransPrune().keep_inside(stage, tokens)
+        kept, (count,) = inside_of(TransPrune(), stage, tokens)
         assert kept[0].nonzero()[:, 0].tolist() == sorted(z[f"stage{stage}_kept_orig_image_ids"].tolist())
         assert count == int(64 * RATIOS[stage])
         alive = kept
@@ -120,11 +129,11 @@ def test_stages_only_take_away_and_an_image_alone_keeps_the_same(lengths, keep, 
     together = inside(lengths, pad=pad)
     single = [inside([n]) for n in lengths]
     for index in range(3):
-        mask, counts = method.keep_inside(index, together)
-        assert not (mask & ~together.alive).any()
+        mask, counts = inside_of(method, index, together)
+        assert not (mask & ~together.mask).any()
         assert mask.sum(1).tolist() == list(counts)
         for g, n in enumerate(lengths):
-            own, (count,) = method.keep_inside(index, single[g])
+            own, (count,) = inside_of(method, index, single[g])
             assert torch.equal(own[0], mask[g, :n])
             single[g] = inside([n], alive=own)
             if keep in (None, 0.125):
@@ -148,7 +157,7 @@ def test_another_keep_bends_the_schedule():
 def test_ties_go_to_the_first():
     tokens = inside([8])
     tokens = dataclasses.replace(tokens, signals={name: torch.ones(1, 8) for name in tokens.signals})
-    assert TransPrune(keep=3).keep_inside(2, tokens)[0][0].nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert inside_of(TransPrune(keep=3), 2, tokens)[0][0].nonzero()[:, 0].tolist() == [0, 1, 2]
 
 
 def test_both_scores_count_and_alpha_weighs_them():
@@ -157,7 +166,7 @@ def test_both_scores_count_and_alpha_weighs_them():
     tokens = dataclasses.replace(inside([4]), signals={"transition": transition, "instruction": instruction})
 
     def kept(**options) -> list[int]:
-        return TransPrune(keep=2, **options).keep_inside(2, tokens)[0][0].nonzero()[:, 0].tolist()
+        return inside_of(TransPrune(keep=2, **options), 2, tokens)[0][0].nonzero()[:, 0].tolist()
 
     assert kept() == [0, 3]
     assert kept(alpha=1.0) == [0, 1]
@@ -167,15 +176,15 @@ def test_both_scores_count_and_alpha_weighs_them():
 def test_newlines_can_be_spared():
     layout = Layout(15, (Segment("crops", 0, 15, (5, 2), newline=True),))
     tokens = inside([15], layouts=[layout])
-    mask, counts = TransPrune(keep=0.5, newlines="keep").keep_inside(2, tokens)
+    mask, counts = inside_of(TransPrune(keep=0.5, newlines="keep"), 2, tokens)
     assert counts == (5 + 5,)
     assert mask[0, layout.newlines()].all()
-    assert TransPrune(keep=0.5).keep_inside(2, tokens)[1] == (7,)
+    assert inside_of(TransPrune(keep=0.5), 2, tokens)[1] == (7,)
 
 
 def test_an_image_that_lost_everything_stays_lost():
     alive = torch.tensor([[False] * 6, [True] * 6])
-    mask, counts = TransPrune().keep_inside(2, inside([6, 6], alive=alive))
+    mask, counts = inside_of(TransPrune(), 2, inside([6, 6], alive=alive))
     assert counts == (0, 1)
     assert mask.sum(1).tolist() == [0, 1]
 
@@ -184,27 +193,28 @@ def test_transitions_by_code_and_by_paper():
     a, b = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     real = torch.arange(9) < torch.tensor([9, 6])[:, None]
     visual = (torch.arange(9) % 2 == 0) & real
-    assert torch.equal(TransPrune().transition(a, b, real, visual), ops.transition_variation(a, b, mask=real))
-    paper = TransPrune(variant="paper").transition(a, b, real, visual)
-    turned = TransPrune(variant="paper").transition(a, -b, real, visual)
+    code, by_paper = (TransPrune(variant=v).stages(facts())[0].needs[0] for v in ("code", "paper"))
+    assert torch.equal(code.score(a, b, real, visual), ops.transition_variation(a, b, mask=real))
+    paper = by_paper.score(a, b, real, visual)
+    turned = by_paper.score(a, -b, real, visual)
     assert torch.allclose(paper, turned, atol=1e-7)  # |cos|
     assert not paper[~visual].any()
-    assert not torch.allclose(TransPrune().transition(a, -b, real, visual), TransPrune().transition(a, b, real, visual))
+    assert not torch.allclose(code.score(a, -b, real, visual), code.score(a, b, real, visual))
 
 
 def test_nothing_leaves_before_the_model():
     tokens = VisualTokens(torch.randn(2, 9, 4), (Layout.plain(9), Layout.plain(5)), (0, 1))
-    mask, counts = TransPrune().keep_mask(tokens)
+    mask, counts = keep_mask(TransPrune(), tokens)
     assert counts == (9, 5)
     assert torch.equal(mask, tokens.mask)
-    assert not TransPrune().enters
+    assert not TransPrune().prunes_at_entry
     assert TransPrune().query_aware
 
 
 def test_transprune_does_not_wait_for_the_device():
     tokens = inside([30, 9])
     with NoSync():
-        TransPrune().keep_inside(1, tokens)
+        inside_of(TransPrune(), 1, tokens)
 
 
 @pytest.mark.parametrize(
@@ -232,26 +242,26 @@ def test_a_bad_schedule_is_named(options, word):
 
 def test_layers_outside_the_model_are_refused():
     with pytest.raises(ValueError, match=r"after layer 12.*12 layers.*1 to 11"):
-        TransPrune(layers=(7, 9, 12)).check(facts(12))
+        steps_of(TransPrune(layers=(7, 9, 12)), facts(12))
     with pytest.raises(ValueError, match=r"3 layers.*layers=\(1,\)"):
-        TransPrune().check(facts(3))
-    TransPrune(layers=(1,), ratios=(0.25,)).check(facts(3))
+        steps_of(TransPrune(), facts(3))
+    steps_of(TransPrune(layers=(1,), ratios=(0.25,)), facts(3))
     with pytest.raises(ValueError, match=r"layer=28.*\[1, 23\]"):
-        ToDRE(stage2=True, layer=28).check(facts(24))
+        steps_of(ToDRE(stage2=True, layer=28), facts(24))
     with pytest.raises(ValueError, match="1 layers"):
-        STAGE2.check(facts(1))
-    ToDRE().check(facts(1))
+        steps_of(STAGE2, facts(1))
+    steps_of(ToDRE(), facts(1))
 
 
 # --- ToDRE, stage 2
 
 
 def test_stage_2_stands_after_seven_eighths():
-    shares = frozenset({"text_to_visual", "visual_to_text"})
-    assert STAGE2.stages(32) == (Stage(28, shares, attention=27, removes_all=True),)
-    assert [STAGE2.stages(depth)[0].after for depth in (28, 24, 4, 3, 2)] == [24, 21, 3, 2, 1]
-    assert ToDRE(stage2=True, layer=5).stages(8)[0].after == 5
-    assert ToDRE().stages(32) == ()
+    shares = (Share(27, of="text"), Share(27, of="visual"))
+    assert STAGE2.stages(facts(32))[1] == Stage(Layer(28), shares, all_or_nothing=True)
+    assert [STAGE2.stages(facts(depth))[1].at.after for depth in (28, 24, 4, 3, 2)] == [24, 21, 3, 2, 1]
+    assert ToDRE(stage2=True, layer=5).stages(facts(8))[1].at == Layer(5)
+    assert [stage.at for stage in ToDRE().stages(facts(32))] == [Entry()]
     assert STAGE2.query_aware
     assert not ToDRE().query_aware
 
@@ -263,10 +273,10 @@ def test_everything_leaves_where_both_shares_are_low():
         "visual_to_text": torch.tensor([0.0, 0.3, 0.0, 0.0, 0.0]),
     }
     tokens = dataclasses.replace(tokens, signals=shares)
-    mask, counts = STAGE2.keep_inside(0, tokens)
+    mask, counts = inside_of(STAGE2, 0, tokens)
     assert counts == (0, 3, 4, 2, 2)  # 0.1 is not below 0.1, and no number is no reason
     assert mask.sum(1).tolist() == list(counts)
-    assert ToDRE(stage2=True, tau=0.5).keep_inside(0, tokens)[1] == (0, 0, 0, 0, 2)
+    assert inside_of(ToDRE(stage2=True, tau=0.5), 0, tokens)[1] == (0, 0, 0, 0, 2)
 
 
 @pytest.mark.parametrize("options", [{"tau": 0.0}, {"tau": 2.0}, {"layer": 0}])
@@ -281,15 +291,13 @@ def test_bad_options_of_stage_2_are_named(options):
 def test_a_chain_chooses_with_the_first_and_drops_with_the_second():
     tokens = VisualTokens(torch.randn(1, 40, 4), (Layout.plain(40),), (0,))
     chain = Chain(DivPrune(keep=0.5), TransPrune()).settle(facts(32))
-    assert torch.equal(chain.keep_mask(tokens)[0], DivPrune(keep=0.5).keep_mask(tokens)[0])
-    assert chain.stages(32) == TransPrune().stages(32)
-    left = inside([40], alive=chain.keep_mask(tokens)[0], given=(20,))
-    assert chain.keep_inside(0, left)[1] == (17,)  # 20 * 0.875
+    assert torch.equal(keep_mask(chain, tokens)[0], keep_mask(DivPrune(keep=0.5), tokens)[0])
+    assert chain.stages(facts(32))[1:] == TransPrune().stages(facts(32))
+    left = inside([40], alive=keep_mask(chain, tokens)[0], given=(20,))
+    assert inside_of(chain, 0, left)[1] == (17,)  # 20 * 0.875
     assert chain.query_aware
     assert not Chain(DivPrune(), ToDRE(keep=1.0, stage2=True)).first.query_aware
-    a = torch.randn(1, 5, 4)
-    real = torch.ones(1, 5, dtype=torch.bool)
-    assert torch.equal(chain.transition(a, a + 1, real, real), TransPrune().transition(a, a + 1, real, real))
+    assert chain.counts([Layout.plain(40)]) == (2,)  # int(20 * 0.125)
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -297,24 +305,19 @@ def test_stages_of_both_are_taken_in_order(order):
     late = order == 0
     first = ToDRE(keep=0.5, stage2=True, layer=20 if late else 2, pivot="random")
     chain = Chain(first, TransPrune(layers=(4, 8), ratios=(0.5, 0.25))).settle(facts(32))
-    assert [stage.after for stage in chain.stages(32)] == ([4, 8, 20] if late else [2, 4, 8])
+    assert [stage.at.after for stage in chain.stages(facts(32))[1:]] == ([4, 8, 20] if late else [2, 4, 8])
     tokens = inside([16])
     shares = {"text_to_visual": torch.zeros(1), "visual_to_text": torch.zeros(1)}
     tokens = dataclasses.replace(tokens, signals=tokens.signals | shares)
-    counts = [chain.keep_inside(index, tokens)[1] for index in range(3)]
+    counts = [inside_of(chain, index, tokens)[1] for index in range(3)]
     assert counts == ([(8,), (4,), (0,)] if late else [(0,), (8,), (4,)])
-
-
-def test_an_unsettled_chain_says_so():
-    with pytest.raises(RuntimeError, match="settle"):
-        Chain().keep_inside(0, inside([8]))
 
 
 def test_settling_reaches_the_members():
     chain = Chain(IDPruner(keep=0.5), TransPrune())
     assert chain.settle(facts(32, "cls")).first.importance == ClsAttention()
     assert chain.settle(facts(32)).first.importance == FeatureNorm()
-    assert Chain(ToDRE(), TransPrune()).needs == {"cls"}
+    assert needs(Chain(ToDRE(), TransPrune())) == {"cls", "transition", "instruction"}
     nested = Allocate(selector=IDPruner()).settle(facts(32, "cls"))
     assert nested.selector.importance == ClsAttention()
 

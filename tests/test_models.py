@@ -18,8 +18,10 @@ from zoo import models as zoo_models
 from zoo.inputs import ANYRES, ANYRES_MAX_1, AnyRes, Fixed
 
 import vtc
+from vtc.dialect.towers import Tower
 from vtc.models import base as registry
-from vtc.models import clip, resolve
+from vtc.models import resolve
+from vtc.signals import Cls, ClsLogits
 from vtc.tokens import Layout, Segment
 
 # ------------------------------------------------------------------------------------------------------------- the list
@@ -69,7 +71,9 @@ def test_cls_is_offered_exactly_where_a_tower_has_one(family: str) -> None:
     model = get_model(family)
     has_cls = any(name.endswith(("class_embedding", "cls_token")) for name, _ in model.named_parameters())
     adapter, parts = resolve(model)
-    assert adapter.offers(parts) == (frozenset({"cls", "cls_logits"}) if has_cls else frozenset())
+    assert [adapter.gives(parts, signal) for signal in (Cls(), ClsLogits())] == [has_cls] * 2
+    assert {"cls", "cls_logits"} <= adapter.facts(parts).signals or not has_cls
+    assert not adapter.gives(parts, Cls(layer=-99))
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -315,10 +319,10 @@ def test_a_users_own_signal() -> None:
     @vtc.register_model
     class Toy(vtc.Adapter):
         families: ClassVar = {"toy_vlm": ("image",)}
-        signals = ("cls",)
+        has_cls = True
 
-        def cls_attention(self, base: Any, modality: str) -> Any:
-            return clip.cls_attention(base.vision_tower)
+        def tower(self, base: Any, modality: str) -> Any:
+            return Tower.of(base.vision_tower)
 
     with torch.no_grad(), vtc.patch(model, "todre", keep=3) as patch:
         model(**make_batch("llava"))

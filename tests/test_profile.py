@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 import vtc
 from vtc.cli import app
-from vtc.methods import base as registry
-from vtc.methods import method_class
-from vtc.methods.base import register_method
+from vtc.methods import Reduction, Stage, method_class, register_method, registry
 from vtc.methods.random import Random
 from vtc.models import resolve
+from vtc.places import Entry, Layer
 from vtc.profiling import measure
 from vtc.profiling.ledger import Ledger
 from vtc.profiling.measure import Spread, profile, time_decode, time_prefill
 from vtc.profiling.workload import Workload, random_model
+from vtc.signals import Transitions
 
 tiny = pytest.importorskip("vtc_tinyvlm")
 NAP = 0.3
@@ -92,9 +92,9 @@ def test_parts_are_where_the_time_went(model, methods):
     class Sleepy(Random):
         name = "sleepy"
 
-        def select(self, tokens, budget):
+        def reduce(self, stage, tokens, budget):
             time.sleep(NAP)
-            return super().select(tokens, budget)
+            return super().reduce(stage, tokens, budget)
 
     inputs, (_, parts) = Workload(text=4).inputs(model, 1), resolve(model)
 
@@ -117,11 +117,11 @@ def test_parts_are_where_the_time_went(model, methods):
 def test_what_a_method_does_inside_the_model_is_selecting(model, monkeypatch):
     def slow(self, *arguments):
         time.sleep(NAP / 4)
-        return transition(self, *arguments)
+        return score(self, *arguments)
 
-    transition = vtc.TransPrune.transition
+    score = Transitions.score
     inputs = Workload(text=4).inputs(model, 1)
-    monkeypatch.setattr(vtc.TransPrune, "transition", slow)
+    monkeypatch.setattr(Transitions, "score", slow)
     with vtc.patch(model, "transprune"):
         run = time_prefill(model, inputs)
     assert run.select >= 4 * NAP / 4  # attention and MLP of the three layers behind its first stage, less the last
@@ -160,26 +160,36 @@ def test_peak_memory_is_what_a_run_needed():
 # -------------------------------------------------------------------------------------------------------- wrong results
 
 
-def broken(keep_mask):
-    members = {"name": "broken", "keep_mask": keep_mask}
+def broken(at, kept):
+    """A method that keeps what it likes, whatever keep is."""
+    members = {
+        "name": "broken",
+        "stages": lambda self, model: (Stage(at),),
+        "counts": lambda self, layouts, stage=None, given=None: None,
+        "reduce": lambda self, stage, tokens, budget: Reduction.of_mask(*kept(tokens)),
+    }
     return register_method(dataclasses.dataclass(frozen=True, kw_only=True)(type("Broken", (Random,), members)))
 
 
-def drop_always(self, tokens):
+def drop_always(tokens):
     mask = tokens.mask.clone()
     mask[:, 0] = False
     return mask, tuple(n - 1 for n in tokens.lengths)
 
 
-def drop_never(self, tokens):
+def drop_never(tokens):
     return tokens.mask, tokens.lengths
 
 
 @pytest.mark.parametrize(
-    ("keep_mask", "told"), [(drop_always, "with keep=1.0 its logits differ"), (drop_never, "keeps 288 of 288 tokens")]
+    ("at", "kept", "told"),
+    [
+        (Layer(1), drop_always, "with keep=1.0 its logits differ"),
+        (Entry(), drop_never, "keeps 288 of 288 tokens"),
+    ],
 )
-def test_a_wrong_result_is_no_gain(model, methods, keep_mask, told):
-    broken(keep_mask)
+def test_a_wrong_result_is_no_gain(model, methods, at, kept, told):
+    broken(at, kept)
     _, wrong, right = profile(model, Workload(text=4), ["broken", "random"], 0.25, [2], repeats=1, warmup=0)
     assert told in "; ".join(wrong.faults)
     assert (wrong.speedup, wrong.realised) == (None, None)
@@ -195,7 +205,7 @@ def test_logits_that_are_no_numbers_are_a_fault(model):
 
 
 def test_the_command_says_so_and_ends_with_1(methods, tmp_path):
-    broken(drop_always)
+    broken(Layer(1), drop_always)
     small = ("--text", 4, "--repeats", 1, "--new-tokens", 0)
     result = invoke("profile", "tinyvlm", "--method", "broken", *small, "--out", tmp_path)
     assert result.exit_code == 1
@@ -347,7 +357,7 @@ def test_the_command_writes_table_json_rows_and_chart(tmp_path):
 
 def test_all_means_every_method_that_fits(monkeypatch):
     ours = [name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc.")]
-    monkeypatch.setattr(vtc.methods.base, "_REGISTRY", {name: method_class(name) for name in ours})  # tests add others
+    monkeypatch.setattr(registry, "_REGISTRY", {name: method_class(name) for name in ours})  # tests add others
     result = invoke("profile", "tinyvlm", "--method", "all", "--text", 4, "--repeats", 1, "--new-tokens", 0)
     assert result.exit_code == 0, result.output
     for name in ours:

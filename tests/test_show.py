@@ -67,10 +67,10 @@ def by_hand(picture: str, package, method, **options):
     model, processor = package.load()
     text = f"<image>\n{QUESTION}"
     inputs = processor(images=Image.open(picture).convert("RGB"), text=text, return_tensors="pt")
-    with torch.inference_mode(), vtc.patch(model, method, **options) as handle, viz.recording_picks() as picks:
+    with torch.inference_mode(), vtc.patch(model, method, **options) as handle:
         tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    return (handle, inputs, processor), {"picks": picks, "caption": f"{QUESTION} {answer}"}
+    return (handle, inputs, processor), {"order": True, "caption": f"{QUESTION} {answer}"}
 
 
 def test_kept_cells_are_clear_and_where_the_processor_cut(picture, tmp_path):

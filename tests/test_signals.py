@@ -23,8 +23,9 @@ from zoo import models as zoo_models
 from zoo.inputs import Fixed
 
 import vtc
-from vtc.engine import encode, plan, taps
+from vtc.engine import encode, plan
 from vtc.models import resolve
+from vtc.signals import Cls, cls
 
 SHORT = GREEDY | {"min_new_tokens": 2, "max_new_tokens": 2}
 
@@ -120,7 +121,7 @@ def recorded_rows(model: Any, batch: Batch, modality: str) -> Tensor:
     """The rows that vtc hands to the adapter, in a forward pass of the whole model."""
     rows: list[Tensor] = []
     adapter = type(resolve(model)[0])
-    scores = adapter.cls_scores
+    scores = adapter.per_token
 
     def listen(self: Any, base: Any, kind: str, given: Tensor, *rest: Any) -> Any:
         if kind == modality:
@@ -128,7 +129,7 @@ def recorded_rows(model: Any, batch: Batch, modality: str) -> Tensor:
         return scores(self, base, kind, given, *rest)
 
     with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5):
-        monkeypatch.setattr(adapter, "cls_scores", listen)
+        monkeypatch.setattr(adapter, "per_token", listen)
         model(**batch)
     assert len(rows) == 1, "encoded more than once"
     return rows[0]
@@ -150,12 +151,6 @@ def test_rows_tell_patches_apart(name: str) -> None:
     """The zoo's attention is not flat: a tolerance of 1e-6 means something."""
     rows = eager_rows(model_of(name), batch_of(name), "image")
     assert (rows.amax(1) / rows.amin(1)).min() > 1.2
-
-
-def wrong_layer(base: Any, modality: str) -> nn.Module:
-    encoder = base.vision_tower.encoder
-    layer = (encoder.layers if hasattr(encoder, "layers") else encoder.layer)[-2]
-    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
 
 
 def without_scale(attention: nn.Module, hidden: Tensor) -> Tensor:
@@ -183,7 +178,7 @@ class ScaledBy:
         return getattr(self.module, name)
 
 
-REAL_ROW = taps.cls_row
+REAL_ROW = cls.cls_row
 
 
 @pytest.mark.parametrize("broken", [without_scale, over_patches_only], ids=lambda f: f.__name__)
@@ -191,15 +186,14 @@ REAL_ROW = taps.cls_row
 def test_control_another_row_is_found(
     name: str, broken: Callable[[nn.Module, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taps, "cls_row", broken)
+    monkeypatch.setattr(cls, "cls_row", broken)
     with pytest.raises(AssertionError):
         check_rows_are_the_attention(model_of(name), batch_of(name), "image")
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_control_another_layer_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = type(resolve(model_of(name))[0])
-    monkeypatch.setattr(adapter, "cls_attention", lambda self, base, modality: wrong_layer(base, modality))
+    monkeypatch.setattr(Cls, "module", lambda self, tower: tower.attention(-2))
     with pytest.raises(AssertionError):
         check_rows_are_the_attention(model_of(name), batch_of(name), "image")
 
@@ -215,7 +209,7 @@ def internvl_with_qk_norm() -> Any:
 def test_towers_that_normalise_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = internvl_with_qk_norm(), batch_of("internvl")
     check_rows_are_the_attention(model, batch, "image")
-    monkeypatch.setattr(taps, "cls_row", without_norm)
+    monkeypatch.setattr(cls, "cls_row", without_norm)
     with pytest.raises(AssertionError):
         check_rows_are_the_attention(model, batch, "image")
 
@@ -278,11 +272,11 @@ def scores_by_hand(rows: Tensor, reached: Tensor) -> Tensor:
 def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
     """The `cls` signal as methods get it, image by image."""
     seen: list[Any] = []
-    select = vtc.ToDRE.select
+    reduce = vtc.ToDRE.reduce
 
-    def look(self: vtc.ToDRE, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+    def look(self: vtc.ToDRE, stage: Any, tokens: Any, budget: Any) -> Any:
         seen.append(tokens)
-        return select(self, tokens, budget)
+        return reduce(self, stage, tokens, budget)
 
     located: list[Any] = []
     locate = plan.locate
@@ -292,7 +286,7 @@ def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
         return located
 
     with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5):
-        monkeypatch.setattr(vtc.ToDRE, "select", look)
+        monkeypatch.setattr(vtc.ToDRE, "reduce", look)
         monkeypatch.setattr(plan, "locate", listen)
         model(**batch)
     images = list(located)
@@ -341,7 +335,7 @@ def test_synthetic_rows_arrive_where_they_belong(name: str, modality: str) -> No
     entries = [entry.shape[:-1].numel() for entry in features(model, batch, modality)]
     arguments = encoder_calls(batch)[modality]
     layouts = adapter.layouts(parts.base, modality, entries, arguments)
-    scores = torch.cat(list(adapter.cls_scores(parts.base, modality, rows, layouts, arguments)))
+    scores = torch.cat(list(adapter.per_token(parts.base, modality, rows, layouts, arguments)))
     expected = torch.cat([scores_by_hand(rows, image) for image in reached])
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
 
@@ -360,7 +354,7 @@ def crops_swapped(real: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("broken", [shifted, crops_swapped], ids=lambda f: f.__name__)
 def test_control_a_wrong_map_is_found(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = type(resolve(get_model("llava_next"))[0])
-    monkeypatch.setattr(adapter, "cls_scores", broken(adapter.cls_scores))
+    monkeypatch.setattr(adapter, "per_token", broken(adapter.per_token))
     with pytest.raises(AssertionError):
         check_signals_are_mapped(get_model("llava_next"), batch_of("llava_next"), "image")
 
@@ -419,7 +413,7 @@ def check_attention_is_left_alone(model: Any, batch: Batch) -> None:
     with watching_attention(model) as unpatched:
         model.generate(**batch, **SHORT)
     adapter, parts = resolve(model)
-    method = vtc.ToDRE(keep=0.5, pivot="cls" if "cls" in adapter.offers(parts) else "random")
+    method = vtc.ToDRE(keep=0.5, pivot="cls" if adapter.gives(parts, Cls()) else "random")
     with watching_attention(model) as patched, vtc.patch(model, method) as patch:
         model.generate(**batch, **SHORT)
         assert patch.last_keep
@@ -432,20 +426,18 @@ def test_attention_is_left_alone(name: str) -> None:
     check_attention_is_left_alone(model_of(name), batch_of(name))
 
 
-def attends_eagerly(owner: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+def attends_eagerly(self: Cls, tower: Any, module: nn.Module, hidden: Tensor) -> Tensor:
     """The row by a second pass of the layer, switched to the implementation that returns weights, and back."""
-    if taps.cls_rows(owner) is not None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        module.config._attn_implementation, before = "eager", module.config._attn_implementation
-        weights = module.forward(hidden)[1]
-        module.config._attn_implementation = before
-        taps.cls_rows(owner).append(weights.mean(1)[:, 0, 1:])
+    module.config._attn_implementation, before = "eager", module.config._attn_implementation
+    weights = module.forward(hidden)[1]
+    module.config._attn_implementation = before
+    return weights.mean(1)[:, 0, 1:]
 
 
-def attends_again(owner: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+def attends_again(self: Cls, tower: Any, module: nn.Module, hidden: Tensor) -> Tensor:
     """A second pass in the configured implementation."""
-    module.forward(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-    taps.tap_cls(owner, module, args, kwargs)
+    module.forward(hidden)
+    return REAL_ROW(module, hidden)
 
 
 def listens_with_attentions(*given: Any) -> Callable[..., Any]:
@@ -463,16 +455,18 @@ def swaps_on_patch(parts_of: vtc.Patch) -> None:
 
 REAL_INSTALL = vtc.patching._install
 BREAKAGES = {
-    "an eager pass": ("CLS_TAPS", {"cls": attends_eagerly}),
-    "a second pass": ("CLS_TAPS", {"cls": attends_again}),
-    "output_attentions": ("listening", listens_with_attentions),
-    "another implementation": ("_install", swaps_on_patch),
+    "an eager pass": (Cls, "read", attends_eagerly),
+    "a second pass": (Cls, "read", attends_again),
+    "output_attentions": (vtc.patching, "listening", listens_with_attentions),
+    "another implementation": (vtc.patching, "_install", swaps_on_patch),
 }
 
 
-@pytest.mark.parametrize(("name", "broken"), BREAKAGES.values(), ids=BREAKAGES.keys())
-def test_control_who_meddles_with_attention_is_found(name: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vtc.patching, name, broken)
+@pytest.mark.parametrize(("where", "name", "broken"), BREAKAGES.values(), ids=BREAKAGES.keys())
+def test_control_who_meddles_with_attention_is_found(
+    where: Any, name: str, broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, broken)
     model = FAMILIES["llava"].build()  # a throw-away one: it may stay broken
     with pytest.raises(AssertionError):
         check_attention_is_left_alone(model, batch_of("llava"))

@@ -19,7 +19,6 @@ from zoo.models import IMAGE
 import vtc
 import vtc_tinyvlm
 from vtc import viz
-from vtc.engine.context import see_tokens
 from vtc.tokens import Layout, Segment
 from vtc.viz import overlay
 from vtc.viz.panels import Panel, joined, panels
@@ -377,16 +376,14 @@ def test_inputs_of_another_prompt_are_refused():
 
 
 def ordered(name: str, method, **options):
-    batch = dict(make_batch(name, (1, 2)))
-    with viz.recording_picks() as picks:
-        handle = run(name, batch, method, **options)
-    return handle, picks, picks.order(handle)
+    handle = run(name, dict(make_batch(name, (1, 2))), method, **options)
+    return handle, handle.last_order
 
 
 def test_the_order_of_a_large_run_begins_with_every_smaller_run():
-    _, _, order = ordered("llava", "divprune", keep=8)
+    _, order = ordered("llava", "divprune", keep=8)
     for count in (1, 3, 5):
-        small, _, _ = ordered("llava", "divprune", keep=count)
+        small, _ = ordered("llava", "divprune", keep=count)
         for sample in range(2):
             for picks, kept in zip(order[sample], small.last_keep[sample], strict=True):
                 assert sorted(picks[:count].tolist()) == kept.tolist()
@@ -394,7 +391,7 @@ def test_the_order_of_a_large_run_begins_with_every_smaller_run():
 
 
 def test_newlines_that_are_kept_unasked_have_no_place_in_the_order():
-    handle, _, order = ordered("llava_next", "divprune", keep=0.3, newlines="keep")
+    handle, order = ordered("llava_next", "divprune", keep=0.3, newlines="keep")
     for sample, own in enumerate(order):
         for picks, kept, layout in zip(own, handle.last_keep[sample], handle.last_layouts[sample], strict=True):
             assert set(picks.tolist()) == set(kept.tolist()) - set(layout.newlines())
@@ -403,31 +400,15 @@ def test_newlines_that_are_kept_unasked_have_no_place_in_the_order():
 
 def test_a_chain_has_the_order_of_its_first():
     chain = vtc.Chain(vtc.DivPrune(keep=0.5), vtc.TransPrune(layers=(1, 2), ratios=(0.75, 0.5)))
-    _, _, order = ordered("llava", chain)
-    _, _, first = ordered("llava", "divprune", keep=0.5)
+    _, order = ordered("llava", chain)
+    _, first = ordered("llava", "divprune", keep=0.5)
     assert [o.tolist() for own in order for o in own] == [o.tolist() for own in first for o in own]
 
 
 @pytest.mark.parametrize("method", [vtc.GlobalCom2(keep=0.5), vtc.DivPrune(keep=1.0)])
 def test_where_there_is_no_order_none_is_told(method):
-    _, _, order = ordered("llava_next", method)
+    _, order = ordered("llava_next", method)
     assert order == [[None], [None, None]]
-
-
-def test_nothing_is_remembered_outside_of_the_block():
-    handle, picks, _ = ordered("llava", "divprune", keep=0.5)
-    assert len(picks.seen) == 1
-    again = run("llava", dict(make_batch("llava", (1,))), keep=0.5)
-    assert len(picks.seen) == 1
-    with pytest.raises(ValueError, match="not the last one of this handle"):
-        picks.order(again)
-    with viz.recording_picks() as none, pytest.raises(ValueError, match="no pick order"):
-        none.order(handle)
-    with viz.recording_picks() as inside:
-        see_tokens("one")
-        see_tokens("two")
-    see_tokens("three")
-    assert inside.seen == ["two"]  # the last prompt only
 
 
 # ------------------------------------------------------------------------------------------------------- whole prompts
@@ -442,9 +423,9 @@ def tinyvlm():
 
 def shown(tinyvlm, method, **options):
     model, processor, inputs = tinyvlm
-    with torch.inference_mode(), vtc.patch(model, method, **options) as handle, viz.recording_picks() as picks:
+    with torch.inference_mode(), vtc.patch(model, method, **options) as handle:
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    return handle, picks, (handle, inputs, processor)
+    return handle, (handle, inputs, processor)
 
 
 def block(drawn: Image.Image, number: int, size: int) -> Image.Image:
@@ -454,7 +435,7 @@ def block(drawn: Image.Image, number: int, size: int) -> Image.Image:
 
 
 def test_every_stage_inside_the_model_has_a_drawing(tinyvlm):
-    handle, _, call = shown(tinyvlm, "transprune", keep=0.25)
+    handle, call = shown(tinyvlm, "transprune", keep=0.25)
     drawn = viz.show(*call)
     ((panel, picture),) = seen(*call)[0].views
     assert len(handle.last_stages) == 4
@@ -467,18 +448,18 @@ def test_every_stage_inside_the_model_has_a_drawing(tinyvlm):
 
 
 def test_a_stage_that_removes_everything_is_dark_all_over(tinyvlm):
-    handle, _, call = shown(tinyvlm, vtc.ToDRE(keep=0.25, stage2=True, tau=1.0))
+    handle, call = shown(tinyvlm, vtc.ToDRE(keep=0.25, stage2=True, tau=1.0))
     assert [len(kept[0][0]) for _, kept in handle.last_stages] == [36, 0]
     end = np.asarray(block(viz.show(*call), 1, 480))
     assert not (end == np.array(ACCENT)).all(-1).any()
 
 
 def test_picks_appear_in_their_order(tinyvlm):
-    handle, picks, call = shown(tinyvlm, "divprune", keep=0.25)
-    frames = viz.animate(*call, picks=picks)
+    handle, call = shown(tinyvlm, "divprune", keep=0.25)
+    frames = viz.animate(*call, order=True)
     assert len(frames) == 13
     ((panel, picture),) = seen(*call)[0].views
-    order = picks.order(handle)[0][0].tolist()
+    order = handle.last_order[0][0].tolist()
     for count, frame in ((3, frames[1]), (18, frames[6]), (36, frames[12])):
         ranks = {token: rank for rank, token in enumerate(order[:count])}
         expected = draw(panel, picture, ranks, 480, True, last=35)
@@ -493,7 +474,7 @@ def test_picks_appear_in_their_order(tinyvlm):
 
 
 def test_a_report_is_html_with_bars_and_cells(tinyvlm):
-    handle, _, _ = shown(tinyvlm, "transprune", keep=0.25)
+    handle, _ = shown(tinyvlm, "transprune", keep=0.25)
     report = handle.report()
     text = report._repr_html_()
     assert re.findall(r">(\d+(?: - \d+)?)</td>", text)[::2] == ["0", "1", "2", "3 - 4"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import keep_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,9 +22,10 @@ from vtc.budget import count
 from vtc.cli import app
 from vtc.commands.serve import command
 from vtc.methods import list_methods, make_method, method_class
-from vtc.methods.base import _REGISTRY
 from vtc.methods.globalcom2 import GlobalCom2
+from vtc.methods.registry import _REGISTRY
 from vtc.models import resolve
+from vtc.signals import Cls, ClsLogits
 from vtc.tokens import Layout, VisualTokens
 from vtc_vllm import positions
 from vtc_vllm.checkpoints import hub_name
@@ -122,8 +124,8 @@ def test_what_vllm_cannot_do_is_refused_with_the_reason(llava, entry, said):
 
 def test_a_method_whose_count_depends_on_content_is_refused(llava):
     class Loose(vtc.DivPrune):
-        def budget(self, tokens):
-            return tuple(1 + int(f[0, 0] > 0) for f in tokens.features)
+        def counts(self, layouts, stage=None, given=None):
+            return None
 
     Loose.name = "loose"
     _REGISTRY["loose"] = Loose
@@ -264,7 +266,7 @@ def test_globalcom2_with_a_fixed_count_is_near_the_free_one(cut_images, keep):
     fixed = FixedGlobalCom2.of(free)
     counts = [len(index) for index in picks(fixed, tokens)]
     assert counts == [kept(fixed, layout) for layout in own]
-    assert max(abs(a - b) for a, b in zip(counts, free.keep_mask(tokens)[1], strict=True)) <= 3
+    assert max(abs(a - b) for a, b in zip(counts, keep_mask(free, tokens)[1], strict=True)) <= 3
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=9), st.floats(0, 1))
@@ -363,7 +365,7 @@ def test_the_cls_row_is_that_of_the_tower():
     model = models.llava()
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
-    row = ClsRow(model.config.vision_config, frozenset({"cls", "cls_logits"}))
+    row = ClsRow(model.config.vision_config, (Cls(), ClsLogits()))
     weights = {f"vision_tower.{name}": value for name, value in tower.state_dict().items()}
     loaded: set[str] = set()
     passed = list(row.loading(weights.items(), loaded))
@@ -374,7 +376,7 @@ def test_the_cls_row_is_that_of_the_tower():
     heard = row.take()
     layer = tower.encoder.layers[-1]
     _, attention = _eager(layer.self_attn, layer.layer_norm1(hidden))
-    assert torch.allclose(heard["cls"], attention.mean(1)[:, 0, 1:], atol=1e-6)
+    assert torch.allclose(heard[Cls()], attention.mean(1)[:, 0, 1:], atol=1e-6)
     assert row.take() == {}
 
 

@@ -9,20 +9,21 @@ from vtc import ops
 from vtc.checking.verify import verify
 from vtc.compress import compress_inputs, generate
 from vtc.config import CompressionConfig
-from vtc.methods import Method, list_methods, register_method
+from vtc.methods import Method, Reduction, Scorer, Stage, list_methods, register_method
 from vtc.methods.allocate import Allocate
 from vtc.methods.chain import Chain
 from vtc.methods.divprune import DivPrune
 from vtc.methods.globalcom2 import GlobalCom2
 from vtc.methods.grid import Grid
 from vtc.methods.idpruner import IDPruner
-from vtc.methods.importance import ClsAttention, FeatureNorm, SelectorWeights, TextRelevance
+from vtc.methods.importance import ClsAttention, FeatureNorm, SelectorWeights
 from vtc.methods.random import Random
 from vtc.methods.todre import ToDRE
 from vtc.methods.transprune import TransPrune
 from vtc.models import Adapter, UnsupportedModelError, list_models, register_model
 from vtc.patching import Patch, patch, unpatch
 from vtc.profiling.estimate import estimate
+from vtc.selecting import select
 
 __version__ = "0.1.0"
 
@@ -40,8 +41,10 @@ __all__ = [
     "Method",
     "Patch",
     "Random",
+    "Reduction",
+    "Scorer",
     "SelectorWeights",
-    "TextRelevance",
+    "Stage",
     "ToDRE",
     "TransPrune",
     "UnsupportedModelError",
@@ -54,6 +57,7 @@ __all__ = [
     "patch",
     "register_method",
     "register_model",
+    "select",
     "unpatch",
     "verify",
 ]

@@ -172,7 +172,10 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show this method's 
         for each in list_methods():
             cls = method_class(each)
             table.add_row(
-                each, _paragraph(cls), ", ".join(sorted(cls().needs)), _paragraph(sys.modules[cls.__module__])
+                each,
+                _paragraph(cls),
+                ", ".join(sorted({signal.key for signal in cls().signals()})),
+                _paragraph(sys.modules[cls.__module__]),
             )
         console.print(table)
         return

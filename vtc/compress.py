@@ -7,7 +7,6 @@ chunked prefill works, since selection saw whole images.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -19,11 +18,12 @@ from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.dialect import generation, modules, rules
 from vtc.dialect.arguments import ENCODED, IDS, LABELS, MASK, POSITIONS, Arguments
+from vtc.engine.choosing import Chooser
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Frame, bypassed
 from vtc.engine.encode import Memory, attached, listening
 from vtc.engine.plan import Plan, Prefill, compaction, plan
-from vtc.engine.taps import CLS_TAPS, tapped
+from vtc.engine.recorders import listening_in, recorders
 from vtc.methods import Method
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import MODALITIES
@@ -66,16 +66,16 @@ def compress_inputs(
     inputs = dict(inputs)
     config, chosen = requested(method, keep, positions, options)
     chosen = fitted(adapter, parts, chosen, config.positions)
-    _before_the_model(parts, chosen)
+    chooser = _before_the_model(adapter, parts, chosen)
     call = parts.spellings.base.bind((), inputs)
     _check(parts, call)
-    encoded, used = _encode(adapter, parts, chosen, inputs)
+    encoded, used = _encode(chooser, inputs)
     outputs = {**(call[ENCODED] or {}), **encoded}
     for name in used:
         call.named.pop(name, None)
     if call[POSITIONS] is None:
         call[POSITIONS] = generation.positions_of_prompt(parts.root, call[IDS], inputs)
-    short = _shorten(adapter, parts, call, outputs, chosen, config.positions)
+    short = _shorten(chooser, call, outputs, config.positions)
     there = {modality for modality, token in parts.placeholders.items() if bool((call[IDS] == token).any())}
     if there and not there & outputs.keys():
         raise ValueError(
@@ -122,12 +122,12 @@ def generate(
     else:
         chosen, place = handle.method, handle.config.positions
     _takes_features(parts)
-    _before_the_model(parts, chosen)
+    chooser = _before_the_model(adapter, parts, chosen)
     decode = generation.decoding_loop(parts.root, generation_config)
     call = parts.spellings.base.bind((), model_kwargs)
     call[IDS] = input_ids
     memory = None if handle is None else handle.stage.memory
-    short = _shorten(adapter, parts, call, call[ENCODED] or {}, chosen, place, memory)
+    short = _shorten(chooser, call, call[ENCODED] or {}, place, memory)
     ids = input_ids
     if short is not None:
         call.named |= short.inputs
@@ -163,12 +163,14 @@ def _takes_features(parts: Parts) -> None:
         )
 
 
-def _before_the_model(parts: Parts, method: Method) -> None:
-    if method.stages(len(parts.layers)):
+def _before_the_model(adapter: Adapter, parts: Parts, method: Method) -> Chooser:
+    chooser = Chooser(adapter, parts, method)
+    if chooser.inside:
         raise NotImplementedError(
             f"{method.name} drops tokens inside the language model, which a shortened prompt cannot express; use "
             "vtc.patch(model, ...) and model.generate()"
         )
+    return chooser
 
 
 def _check(parts: Parts, call: Arguments) -> None:
@@ -196,10 +198,9 @@ def _check(parts: Parts, call: Arguments) -> None:
         raise ValueError(f"position ids must have {ids.shape[1]} columns, as the token ids; got {given}")
 
 
-def _encode(
-    adapter: Adapter, parts: Parts, method: Method, inputs: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _encode(chooser: Chooser, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the encoders as ``generate`` does, listening; also return the arguments they used up."""
+    adapter, parts = chooser.adapter, chooser.parts
     outputs, used = {}, {}
     for modality in MODALITIES:
         encode = modules.encoder_of(parts.base, modality)
@@ -207,11 +208,8 @@ def _encode(
         arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
         if not any(name.startswith("pixel_values") for name in arguments):
             continue
-        with contextlib.ExitStack() as listeners:
-            for signal in CLS_TAPS.keys() & method.needs:
-                if (tower := adapter.cls_attention(parts.base, modality)) is not None:
-                    listeners.enter_context(tapped([tower], CLS_TAPS[signal], parts))
-            outputs[modality] = listening(adapter, parts, modality, method.needs, encode)(**arguments, return_dict=True)
+        with listening_in(recorders(adapter, parts, chooser.recorded, [modality])):
+            outputs[modality] = listening(adapter, parts, modality, encode)(**arguments, return_dict=True)
         used |= arguments
     return outputs, used
 
@@ -223,15 +221,10 @@ class _Short:
 
 
 def _shorten(
-    adapter: Adapter,
-    parts: Parts,
-    call: Arguments,
-    outputs: Mapping[str, Any],
-    method: Method,
-    positions: str,
-    memory: Memory | None = None,
+    chooser: Chooser, call: Arguments, outputs: Mapping[str, Any], positions: str, memory: Memory | None = None
 ) -> _Short | None:
     """The shortened ids, masks, positions, token types and features; ``None`` when nothing is dropped."""
+    adapter, parts = chooser.adapter, chooser.parts
     ids, mask = call[IDS], call[MASK]
     width = ids.shape[1]
     if mask is not None and mask.shape[1] != width:
@@ -248,7 +241,8 @@ def _shorten(
     frame.see_padding(width)
     if not frame.placeholders:
         return None
-    decision = plan(method, frame, _placed(frame, outputs, ids))
+    placed = _placed(frame, outputs, ids)
+    decision = plan(chooser, frame, placed)
     if decision is None or not decision.drops:
         return None
     compact = compaction(decision, frame, ids.shape)
@@ -265,7 +259,8 @@ def _shorten(
     if (old := call[POSITIONS]) is not None:
         kept = compact.positions(old)
         short[POSITIONS] = compact.renumber(kept, compact.first_position(old, mask)) if positions == "compact" else kept
-    short[ENCODED] = {m: _kept(outputs[m], m, frame, compact, decision) for m in frame.placeholders}
+    merged = None if decision.merged is None else decision.merged.into(placed, decision.flat)
+    short[ENCODED] = {m: _kept(outputs[m], m, frame, compact, decision, merged) for m in frame.placeholders}
     lengths = tuple(frame.lengths or [width] * len(ids))
     return _Short(short.named, Prefill(decision, compact, lengths, []))
 
@@ -282,13 +277,15 @@ def _placed(frame: Frame, outputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     return placed
 
 
-def _kept(output: Any, modality: str, frame: Frame, compact: Compaction, decision: Plan) -> Any:
-    """An encoder's output with the features that stay, one entry per image."""
-    stays = compact.keep[frame.placeholders[modality].to(compact.keep.device)]
+def _kept(output: Any, modality: str, frame: Frame, compact: Compaction, decision: Plan, merged: Tensor | None) -> Any:
+    """An encoder's output with the features that stay, or what ``merged`` [B, L, d] has there; an entry per image."""
+    where = frame.placeholders[modality]
+    stays = compact.keep[where.to(compact.keep.device)]
     counts = [k for k, image in zip(decision.counts, decision.images, strict=True) if image.modality == modality]
 
-    def keep(features: Any) -> Any:
-        rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in features])[stays.to(features[0].device)]
+    def keep(features: Any, now: Tensor | None = None) -> Any:
+        rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in features]) if now is None else now[where.to(now.device)]
+        rows = rows[stays.to(rows.device)]
         if not isinstance(features, Tensor):
             return list(rows.split(counts))
         return rows.reshape(len(counts), -1, rows.shape[-1]) if len(set(counts)) == 1 else rows[None]
@@ -296,4 +293,4 @@ def _kept(output: Any, modality: str, frame: Frame, compact: Compaction, decisio
     deep = modules.deep_features_in(output)
     if deep is not None:
         deep = [keep(layer) if not isinstance(layer, Tensor) else layer[stays] for layer in deep]
-    return modules.encoder_output(output, keep(modules.features_in(output)), deep)
+    return modules.encoder_output(output, keep(modules.features_in(output), merged), deep)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from vtc.files import write_text
-from vtc.methods.base import Method, list_methods, method_class
+from vtc.methods.base import Method
 from vtc.methods.importance import Importance, importance_class
+from vtc.methods.registry import list_methods, method_class
 from vtc.values import shown
 
 Positions = Literal["original", "compact"]

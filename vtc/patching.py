@@ -28,16 +28,20 @@ from vtc.dialect.generation import (
 )
 from vtc.dialect.modules import encoder_name, encoder_of, without_adapters
 from vtc.dialect.releases import warn_if_untested
+from vtc.engine.choosing import needs_of
 from vtc.engine.compiled import between_graphs, saying_prepared
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
 from vtc.engine.layers import unfit_for
 from vtc.engine.opening import Opening
-from vtc.engine.taps import CLS_TAPS
+from vtc.engine.recorders import recorders
 from vtc.methods import Method, make_method
+from vtc.methods.registry import blind_methods
+from vtc.methods.stages import Step, steps_of
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import MODALITIES
+from vtc.places import Projector, Tower
 from vtc.profiling.costs import Decoder
 from vtc.report import Report
 from vtc.tokens import Layout
@@ -77,10 +81,30 @@ class Patch:
         if self.stage.last is None:
             return None
         every = [kept for _, kept in self.stage.last.kept()]
-        found, stages = every[-1], zip(self.stage.layers.stages, every, every[1:], strict=False)
-        for had, left in [(had, left) for stage, had, left in stages if stage.removes_all][::-1]:
+        found, steps = every[-1], zip(self.stage.layers.steps, every, every[1:], strict=False)
+        for had, left in [(had, left) for step, had, left in steps if step.stage.all_or_nothing][::-1]:
             found = [row if any(map(len, b)) else a for row, a, b in zip(found, had, left, strict=True)]
         return found
+
+    @property
+    def last_order(self) -> list[list[Tensor | None]] | None:
+        """What the method chose before the language model in the last prefill, in the order in which it did.
+
+        As :attr:`last_keep`: LongTensor on the host, a permutation of what the first entry of :attr:`last_stages` has,
+        without newline tokens that stayed unasked (``newlines="keep"``). ``None`` for an image where there is no such
+        order: nothing was dropped, budgets were shared out over parts of it, or a mask hides some of it.
+        """
+        if (last := self.stage.last) is None:
+            return None
+        samples: list[list[Tensor | None]] = [[] for _ in last.lengths]
+        kept = last.kept()[0][1]
+        for g, image in enumerate(last.plan.images):
+            left = kept[image.row][len(samples[image.row])]
+            order = None if last.plan.order is None else last.plan.order[g].cpu()
+            unasked = set(image.layout.newlines()) if self.method.newlines == "keep" else set()
+            whole = order is not None and set(order.tolist()) == set(left.tolist()) - unasked
+            samples[image.row].append(order if whole else None)
+        return samples
 
     @property
     def last_stages(self) -> list[tuple[int, list[list[Tensor]]]]:
@@ -267,19 +291,16 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
     facts = adapter.facts(parts)
     method = method.settle(facts)
     method.check(facts)
-    if missing := method.needs - facts.signals:
-        raise ValueError(
-            f"method {method.name!r} needs {', '.join(map(repr, sorted(missing)))}, which this {name} cannot give "
-            f"(its vision tower is {parts.vision_tower}). "
-            f"What would work: {method.remedy}"
-        )
-    stages = method.stages(facts.depth)
+    steps = steps_of(method, facts)
+    for step in steps:
+        refuse_missing(adapter, parts, step)
+    inside = [step for step in steps if not step.stage.at.before_the_model]
     if positions == "compact" and parts.rotates_in_3d:
         raise ValueError(
             f"positions='compact' has no meaning for the (time, height, width) positions of this {name}; "
             "use positions='original'"
         )
-    if positions == "compact" and stages:
+    if positions == "compact" and inside:
         raise ValueError(
             f"positions='compact' would give every layer of {method.name!r} positions of its own, and keys are rotated "
             "by then; use positions='original'"
@@ -289,14 +310,40 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
             f"this {name} builds its masks before the language model, and a flex_attention block mask cannot lose "
             "columns; load it with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
         )
-    if stages and (reason := unfit_for(parts, stages)) is not None:
+    if inside and (reason := unfit_for(parts, inside)) is not None:
         raise UnsupportedModelError(
             f"{method.name!r} drops tokens between the layers of the language model, and {reason}. Methods that drop "
             "them before it work, e.g. 'divprune'"
         )
-    wrapped_methods(parts.root, parts.decoder, bool(stages))
+    wrapped_methods(parts.root, parts.decoder, bool(inside))
     warn_if_untested()
     return method
+
+
+def refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
+    """Refuse a step whose place or signals this model does not have.
+
+    Raises:
+        ValueError: the message names the signals, the vision tower and what would work.
+    """
+    name, at = type(parts.root).__name__, step.stage.at
+    if isinstance(at, Tower):
+        raise ValueError(
+            f"{step.method.name!r} acts inside the vision tower ({at}), which the engine does not serve yet"
+        )
+    missing = [signal.key for signal in needs_of(step) if not adapter.gives(parts, signal)]
+    if not missing:
+        return
+    method, work = step.method, step.method.remedy
+    what = (
+        f"acts in front of the projector ({at})"
+        if isinstance(at, Projector)
+        else "needs " + ", ".join(map(repr, sorted(missing)))
+    )
+    raise ValueError(
+        f"method {method.name!r} {what}, which this {name} cannot give (its vision tower is {parts.vision_tower}). "
+        f"What would work: {work or 'methods that need no such signal: ' + ', '.join(blind_methods())}"
+    )
 
 
 def _install(handle: Patch) -> None:
@@ -320,15 +367,13 @@ def _install(handle: Patch) -> None:
         _hook(undo, layer, hook, before=True, first=True)
     for module, hook, before in stage.layers.hooks():
         _hook(undo, module, hook, before=before, each_step=True)
-    for signal in CLS_TAPS.keys() & handle.method.needs:
-        tap = functools.partial(CLS_TAPS[signal], parts)
-        for tower in {adapter.cls_attention(parts.base, modality) for modality in MODALITIES} - {None}:
-            _hook(undo, tower, tap, before=True, each_step=True)
+    for recorder in recorders(adapter, parts, stage.chooser.recorded):
+        _hook(undo, recorder.module, recorder, before=recorder.signal.reads == "input", each_step=True)
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:
-            wrapped = listening(adapter, parts, modality, handle.method.needs, encode, stage.memory)
+            wrapped = listening(adapter, parts, modality, encode, stage.memory)
             _set(undo, parts.base, encoder_name(modality), _while_active(handle, encode, wrapped))
-    for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.stages)):
+    for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.steps)):
         found = method.find(owner)
         name = LOSS_SLOT if method is LOSS else method.name
         _set(undo, owner, name, _while_active(handle, found, _wrapper(handle, method)(found)))

@@ -1,8 +1,8 @@
 """What a method sees: the visual tokens of some images, never a model.
 
-A :class:`VisualTokens` holds the tokens of G images side by side, padded to the longest, as they enter the
-language model. A :class:`Layout` says what each token of one image is: part of a thumbnail, of the mosaic of
-crops, of a video frame, or a newline the model inserted at the end of a row.
+A :class:`VisualTokens` holds the tokens of G images side by side, padded to the longest, as they stand at one place of
+the model. A :class:`Layout` says what each token of one image is: part of a thumbnail, of the mosaic of crops, of a
+video frame, or a newline the model inserted at the end of a row.
 """
 
 from __future__ import annotations
@@ -168,37 +168,65 @@ def _crops(segment: Segment, own: list[int]) -> list[Part]:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of G images.
+    """The visual tokens of G images at one place of the model: what a method sees.
 
     Attributes:
-        features: [G, N, d], any float dtype, in the language model's embedding space; rows past an image's length
-            are padding with unspecified content.
-        layouts: one per image; ``layouts[g].length`` is the number of its tokens (host integers, so that budgets
-            are known without waiting for the device).
+        features: [G, N, d], any float dtype, as they stand at the place; rows that are not in :attr:`mask` (padding, or
+            tokens that left before) have unspecified content.
+        layouts: one per image, as it was encoded: index n means the same token at every place. ``layouts[g].length`` is
+            the number of its tokens (host integers, so that budgets are known without waiting for the device).
         ordinals: index of each image inside its sample. A method that draws random numbers seeds them with it, and
             with nothing that depends on the rest of the batch.
-        signals: extra scores by name, each float32 [G, N] (padding 0); ``cls`` is the head-averaged attention of the
-            vision tower's CLS token to the patches behind each token, and ``cls_logits`` the same before the softmax.
+        signals: what the stage asked for, by :attr:`vtc.signals.Signal.key`: per token [G, N] or [G, N, c] (0 outside
+            of the mask), per image [G].
+        axes: of signals where that is not so, the axis of the tokens, or ``None`` if there is none.
+        samples: sample of each image; some decisions are made for a whole sample.
+        alive: bool [G, N], tokens that are still there; ``None``: all that the layouts count.
+        alive_counts: how many those are (host integers), ``None`` with ``alive``.
+        entered: how many there were before the method's first stage, which published schedules refer to; ``None``: as
+            many as now.
+        size: float32 [G, N], how many tokens a place stands for after merging; ``None``: one each.
     """
 
     features: Tensor
     layouts: tuple[Layout, ...]
     ordinals: tuple[int, ...]
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    axes: Mapping[str, int | None] = field(default_factory=dict)
+    samples: tuple[int, ...] = ()
+    alive: Tensor | None = None
+    alive_counts: tuple[int, ...] | None = None
+    entered: tuple[int, ...] | None = None
+    size: Tensor | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each image."""
+        """Tokens of each image as it was encoded."""
         return tuple(layout.length for layout in self.layouts)
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each image that are there (host integers)."""
+        return self.lengths if self.alive_counts is None else self.alive_counts
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Tokens of each image before the method's first stage (host integers)."""
+        return self.counts if self.entered is None else self.entered
+
+    @property
     def mask(self) -> Tensor:
-        """Bool [G, N]: True where there is a token, False where there is padding."""
+        """Bool [G, N]: True where there is a token, False where there is padding or one has left."""
+        if self.alive is not None:
+            return self.alive
         device = self.features.device
         return torch.arange(self.features.shape[1], device=device) < column(self.lengths, device)
 
     def where(self, *kinds: Kind) -> Tensor:
-        """Bool [G, N]: True for the tokens inside segments of these kinds, newline tokens left out."""
+        """Bool [G, N]: True for the tokens inside segments of these kinds, newline tokens left out.
+
+        By the layouts alone: tokens that left are among them.
+        """
         rows = torch.zeros(self.features.shape[:2], dtype=torch.bool)
         for g, layout in enumerate(self.layouts):
             for segment in layout.segments:
@@ -212,7 +240,7 @@ class VisualTokens:
         """Parts of the images, each as an image of its own.
 
         Args:
-            parts: of each image.
+            parts: of each image. All tokens must still be there.
 
         Returns:
             The R parts, and LongTensor [R, M]: where each token stands in ``features`` flattened to [G * N, d] (G * N
@@ -226,11 +254,20 @@ class VisualTokens:
             padding_value=len(self.layouts) * n,
         ).to(self.features.device, non_blocking=True)
         inside = place.clamp(max=len(self.layouts) * n - 1)
-        ordinals = tuple(self.ordinals[g] + (at << 20) for g, own in enumerate(parts) for at in range(len(own)))
-        tokens = VisualTokens(self.features.flatten(0, 1)[inside], tuple(part.layout for _, part in every), ordinals)
-        mask = tokens.mask
-        signals = {name: s.flatten()[inside].masked_fill(~mask, 0.0) for name, s in self.signals.items()}
-        return replace(tokens, signals=signals), place
+        pieces = VisualTokens(
+            self.features.flatten(0, 1)[inside],
+            tuple(part.layout for _, part in every),
+            tuple(self.ordinals[g] + (at << 20) for g, own in enumerate(parts) for at in range(len(own))),
+            axes=self.axes,
+            samples=tuple(self.samples[g] for g, _ in every) if self.samples else (),
+        )
+        rows = torch.tensor([g for g, _ in every]).to(place.device, non_blocking=True)
+        within = inside - rows[:, None] * n
+
+        def cut(name: str, signal: Tensor) -> Tensor:
+            return _columns(signal[rows], within.clamp(0, n - 1), pieces.mask, self.axis(name))
+
+        return replace(pieces, signals={name: cut(name, s) for name, s in self.signals.items()}), place
 
     def without_newlines(self) -> tuple[VisualTokens, Tensor]:
         """The same images with their newline tokens taken out.
@@ -245,11 +282,40 @@ class VisualTokens:
             stays = [i for i in range(layout.length) if i not in newlines]
             index[g, : len(stays)] = torch.tensor(stays, dtype=torch.long)
         index = index.to(self.features.device, non_blocking=True)
-        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
-        tokens = VisualTokens(features, layouts, self.ordinals)
-        mask = tokens.mask
-        signals = {name: s.gather(1, index) * mask for name, s in self.signals.items()}
-        return replace(tokens, signals=signals), index
+        spared = [n - bare.length for n, bare in zip(self.lengths, layouts, strict=True)]
+
+        def fewer(counts: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            return None if counts is None else tuple(max(0, n - s) for n, s in zip(counts, spared, strict=True))
+
+        ends = column([layout.length for layout in layouts], index.device)
+        there = torch.arange(index.shape[1], device=index.device) < ends
+        bare = replace(
+            self,
+            features=_columns(self.features, index, None),
+            layouts=layouts,
+            signals={name: _columns(s, index, there, self.axis(name)) for name, s in self.signals.items()},
+            alive=None if self.alive is None else self.alive.gather(1, index) & there,
+            alive_counts=fewer(self.alive_counts),
+            entered=fewer(self.entered),
+            size=None if self.size is None else self.size.gather(1, index),
+        )
+        return bare, index
+
+    def axis(self, signal: str) -> int | None:
+        """Which axis of a signal is that of the tokens; ``None``: it has none."""
+        return self.axes.get(signal, 1 if self.signals[signal].dim() > 1 else None)
+
+
+def _columns(tensor: Tensor, index: Tensor, there: Tensor | None, axis: int | None = 1) -> Tensor:
+    """The tokens LongTensor [G, M] along an axis of [G, ...]; 0 where bool [G, M] ``there`` is False."""
+    if axis is None:
+        return tensor
+    moved = tensor.movedim(axis, 1)
+    shape = (*index.shape, *(1,) * (moved.dim() - 2))
+    moved = moved.gather(1, index.view(shape).expand(-1, -1, *moved.shape[2:]))
+    if there is not None:
+        moved = moved.masked_fill(~there.view(shape), 0)
+    return moved.movedim(1, axis)
 
 
 def column(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -257,30 +323,3 @@ def column(numbers: Sequence[int], device: torch.device) -> Tensor:
     if len(set(numbers)) == 1:
         return torch.full((len(numbers), 1), numbers[0], device=device)
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)[:, None]
-
-
-@dataclass(frozen=True)
-class InsideTokens:
-    """The visual tokens of G images between two decoder layers, where some may have left already.
-
-    Attributes:
-        features: float [G, N, d], hidden states entering the next layer; rows that are not ``alive`` are unspecified.
-        layouts: of the images as they were encoded: index n means the same token before and inside the model.
-        samples: sample of each image; some decisions are made for a whole sample.
-        alive: bool [G, N], tokens still in the sequence.
-        counts: how many those are (host integers).
-        given: how many entered the language model: the count that published schedules refer to.
-        signals: what the stage asked for, float32. Per token [G, N], 0 where not alive: ``instruction`` (attention of
-            the text behind the last image, averaged over heads and those rows), ``last`` (of the last row alone),
-            ``transition`` (what :meth:`Method.transition` returned, summed over modules and layers so far). Per image
-            [G], equal within a sample: ``text_to_visual`` and ``visual_to_text``, shares of attention; the first is NaN
-            where no text stands behind the last image.
-    """
-
-    features: Tensor
-    layouts: tuple[Layout, ...]
-    samples: tuple[int, ...]
-    alive: Tensor
-    counts: tuple[int, ...]
-    given: tuple[int, ...]
-    signals: Mapping[str, Tensor] = field(default_factory=dict)

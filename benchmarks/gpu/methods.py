@@ -142,9 +142,9 @@ def check(
         for one in images:
             if not 0 < len(one) < tokens or bool((one.diff() <= 0).any()) or int(one[0]) < 0 or int(one[-1]) >= tokens:
                 return f"sample {sample}: {len(one)} kept tokens are no ascending part of {tokens}", "", handle
-            if isinstance(chosen.keep, int) and not chosen.stages(spec.size.layers) and len(one) != chosen.keep:
+            if isinstance(chosen.keep, int) and not handle.stage.layers.steps and len(one) != chosen.keep:
                 return f"sample {sample}: {len(one)} tokens kept instead of {chosen.keep}", "", handle
-    if chosen.stages(spec.size.layers):
+    if handle.stage.layers.steps:
         return "", "kept tokens and finite logits checked", handle
     return *compare(
         model, inputs, logits[0], columns[0] if columns else torch.arange(inputs["input_ids"].shape[1])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtc.budget import count
-from vtc.methods import Method
+from vtc.methods import Method, Stage
 from vtc.methods.globalcom2 import GlobalCom2
-from vtc.tokens import Part
+from vtc.tokens import Layout, Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,12 @@ class FixedGlobalCom2(GlobalCom2):
     def of(cls, method: Method) -> FixedGlobalCom2:
         """The same options."""
         return cls(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init})
+
+    def counts(
+        self, layouts: Sequence[Layout], stage: Stage | None = None, given: Sequence[int] | None = None
+    ) -> tuple[int, ...] | None:
+        """As for any method."""
+        return Method.counts(self, layouts, stage, given)
 
     def _budgets(
         self, parts: list[tuple[Part, ...]], keeps: list[float], shares: list[list[float]]

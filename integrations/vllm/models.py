@@ -28,6 +28,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder, Qwen3
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vtc.signals import TowerSignal
 from vtc_vllm import positions
 from vtc_vllm.processing import (
     FIELD,
@@ -87,7 +88,7 @@ class Pruned:
         """Columns of an image's embeddings [n, columns] that the method sees."""
         return embeddings.shape[1]
 
-    def heard(self) -> Mapping[str, Tensor]:
+    def heard(self) -> Mapping[TowerSignal, Tensor]:
         """Rows of the tower that the method listens to, since the last call."""
         return {}
 
@@ -149,19 +150,20 @@ class _WithCls(Pruned):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtc_cls: ClsRow | None = None
-        if needs := self.vtc.method.needs:
+        if needs := self.vtc.signals:
             layers = self.vision_tower.vision_model.encoder.layers
             before = self.config.vision_config.num_hidden_layers - 2
             if not 0 <= before < len(layers):
+                keys = ", ".join(signal.key for signal in needs)
                 raise ValueError(
-                    f"{self.vtc.method.name} needs {', '.join(sorted(needs))} of the tower's last layer, but with "
+                    f"{self.vtc.method.name} needs {keys} of the tower's last layer, but with "
                     f"vision_feature_layer={self.config.vision_feature_layer} vLLM runs only {len(layers)} of its "
                     f"{before + 2}. What would work: {self.vtc.method.remedy}"
                 )
             self.vtc_cls = ClsRow(self.config.vision_config, needs)
             layers[before].register_forward_hook(self.vtc_cls.listen)
 
-    def heard(self) -> Mapping[str, Tensor]:
+    def heard(self) -> Mapping[TowerSignal, Tensor]:
         return {} if self.vtc_cls is None else self.vtc_cls.take()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

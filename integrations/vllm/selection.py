@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.methods import Method
-from vtc.methods.base import entering
+from vtc.methods.base import ANY_MODEL
 from vtc.methods.globalcom2 import GlobalCom2
+from vtc.methods.stages import Kept, steps_of
 from vtc.models import Adapter, resolve
 from vtc.models.base import adapter_of
+from vtc.signals import TowerSignal
 from vtc.tokens import Layout, VisualTokens
 from vtc_vllm.globalcom2 import FixedGlobalCom2
 from vtc_vllm.settings import kept, settled, with_keep
@@ -46,6 +48,11 @@ class Selector:
         self.adapter: Adapter = adapter_of(model_config.model_type)
         self.base = _without_weights(model_config)
 
+    @property
+    def signals(self) -> tuple[TowerSignal, ...]:
+        """What the method asks of the vision tower."""
+        return tuple(signal for signal in self.method.signals() if isinstance(signal, TowerSignal))
+
     def layouts(self, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         """The structure of images of these lengths; ``arguments`` are sizes or grids, as the encoder gets them.
 
@@ -70,7 +77,7 @@ class Selector:
         embeddings: Sequence[Tensor],
         keeps: Sequence[Keep],
         arguments: Mapping[str, Any],
-        rows: Mapping[str, Tensor],
+        rows: Mapping[TowerSignal, Tensor],
     ) -> list[Tensor]:
         """Choose.
 
@@ -79,15 +86,15 @@ class Selector:
             embeddings: of each of G images, [n, d].
             keeps: of each.
             arguments: sizes or grids of all.
-            rows: CLS rows of the tower by signal, [pictures, patches].
+            rows: what the tower was asked for, [pictures, patches].
 
         Returns:
             For each image LongTensor [k] on its device, ascending; k is what :meth:`kept` said.
         """
         layouts = self.layouts(modality, [len(e) for e in embeddings], arguments)
         signals = {
-            name: self.adapter.cls_scores(self.base, modality, scores, layouts, arguments)
-            for name, scores in rows.items()
+            signal.key: self.adapter.per_token(self.base, modality, scores, layouts, arguments)
+            for signal, scores in rows.items()
         }
         found: list[Tensor | None] = [None] * len(layouts)
         for keep in {(type(k), k): k for k in keeps}.values():  # 1 and 1.0 are different keeps
@@ -112,12 +119,13 @@ def picks(method: Method, tokens: VisualTokens) -> list[Tensor]:
     Raises:
         RuntimeError: the method kept another number than its budget: placeholders would not match.
     """
-    mask, counts = entering(method, tokens)
+    steps = steps_of(method, ANY_MODEL)  # one at the most, before the language model: others were refused
+    found = steps[0].reduce(tokens) if steps else Kept(tokens.mask, tokens.counts)
     expected = tuple(kept(method, layout) for layout in tokens.layouts)
-    if tuple(counts) != expected:
-        raise RuntimeError(f"{method.name} kept {counts} tokens where its budget said {expected}")
-    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-    return [row[:k] for row, k in zip(order, counts, strict=True)]
+    if found.counts != expected:
+        raise RuntimeError(f"{method.name} kept {found.counts} tokens where its budget said {expected}")
+    order = (~found.mask).to(torch.int8).argsort(dim=1, stable=True)
+    return [row[:k] for row, k in zip(order, found.counts, strict=True)]
 
 
 def _fixed(method: Method) -> Method:

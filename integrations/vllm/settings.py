@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from vtc.budget import Keep, check_keep, count
+from vtc.budget import Keep, check_keep
 from vtc.config import CompressionConfig
 from vtc.methods import Method
-from vtc.methods.allocate import Allocate
 from vtc.methods.globalcom2 import GlobalCom2
+from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts
 from vtc.patching import fitted
+from vtc.places import Layer
 from vtc.tokens import Layout
 from vtc.values import shown
 
@@ -61,7 +62,8 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
         ValueError: the method cannot work here; the message says why and what would.
     """
     method = fitted(adapter, parts, config.build(), config.positions)
-    if method.stages(len(parts.layers)):
+    steps = steps_of(method, adapter.facts(parts))
+    if any(isinstance(step.stage.at, Layer) for step in steps):
         raise ValueError(
             f"{method.name} drops tokens between the layers of the language model, and vLLM has one length for all "
             "layers: its paged cache, its chunks and its compiled graphs. What would work: a method that drops them "
@@ -72,19 +74,12 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
             f"{method.name} chooses by the question, which vLLM's encoder never sees: it caches images by their "
             "content. What would work: divprune, todre, idpruner; or transformers with vtc.patch"
         )
-    if not _counts_by_length(method):
+    if type(method) is not GlobalCom2 and method.counts([Layout.plain(4)]) is None:
         raise ValueError(
             f"how many tokens {method.name} keeps depends on what is in the image, but vLLM has to know it before the "
             "image is encoded. What would work: divprune, todre, idpruner"
         )
     return CompressionConfig.of(method, config.positions)
-
-
-def _counts_by_length(method: Method) -> bool:
-    """Whether :func:`kept` is right about this method."""
-    own = type(method)
-    plain = own.budget is Method.budget and own.choose is Method.choose and own.keep_mask is Method.keep_mask
-    return plain or own in (Allocate, GlobalCom2)
 
 
 def with_keep(method: Method, keep: Keep) -> Method:
@@ -106,10 +101,9 @@ def _same(a: Keep, b: Keep) -> bool:
 
 def kept(method: Method, layout: Layout) -> int:
     """How many tokens of an image stay: by its layout alone, so that the frontend knows before the encoder runs."""
-    if method.newlines == "keep":
-        bare = layout.without_newlines().length
-        return layout.length - bare + count(method.keep, bare)
-    return count(method.keep, layout.length)
+    counts = method.counts([layout])
+    assert counts is not None  # or it was refused
+    return counts[0]
 
 
 def identity(config: CompressionConfig, keep: Keep) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.engine.taps import cls_logit_row, cls_row
+from vtc.signals import Cls, ClsLogits, TowerSignal
+from vtc.signals.cls import cls_logit_row, cls_row
 
-_ROWS = {"cls": cls_row, "cls_logits": cls_logit_row}
+_ROWS = {Cls(): cls_row, ClsLogits(): cls_logit_row}
 
 
 class ClsRow(nn.Module):
@@ -23,18 +24,23 @@ class ClsRow(nn.Module):
 
     Args:
         config: the CLIPVisionConfig.
-        signals: names of the signals wanted, ``cls`` and ``cls_logits``.
+        signals: those wanted, of the last layer: ``Cls()`` and ``ClsLogits()``.
+
+    Raises:
+        ValueError: others.
     """
 
-    def __init__(self, config: Any, signals: frozenset[str]) -> None:
+    def __init__(self, config: Any, signals: Iterable[TowerSignal]) -> None:
         super().__init__()
         width = config.hidden_size
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.num_heads = config.num_attention_heads
         self.scale = (width // self.num_heads) ** -0.5
-        self.signals = sorted(signals)
-        self.heard: dict[str, Tensor] = {}
+        self.signals = tuple(signals)
+        if odd := [signal for signal in self.signals if signal not in _ROWS]:
+            raise ValueError(f"vLLM's vision tower gives the CLS row of its last layer only, not {odd[0]}")
+        self.heard: dict[TowerSignal, Tensor] = {}
         last = config.num_hidden_layers - 1
         self._name = re.compile(
             rf"(?:^|\.)vision_tower\.(?:vision_model\.)?encoder\.layers\.{last}\."
@@ -44,9 +50,9 @@ class ClsRow(nn.Module):
     def listen(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the layer before: its output [pictures, 1 + patches, width] is what the layer would get."""
         hidden = self.layer_norm1(output)
-        self.heard = {name: _ROWS[name](self, hidden) for name in self.signals}
+        self.heard = {signal: _ROWS[signal](self, hidden) for signal in self.signals}
 
-    def take(self) -> dict[str, Tensor]:
+    def take(self) -> dict[TowerSignal, Tensor]:
         """What was heard since the last call, float32 [pictures, patches] by signal."""
         heard, self.heard = self.heard, {}
         return heard

@@ -24,6 +24,7 @@ from vtc.checking.byhand import IDS, Inputs
 from vtc.checking.result import Check, Verdict, Verification
 from vtc.config import CompressionConfig
 from vtc.methods import Method
+from vtc.methods.stages import steps_of
 from vtc.models import Parts, resolve
 from vtc.patching import fitted, patch, requested
 from vtc.profiling.workload import special_ids
@@ -99,7 +100,7 @@ def verify(
     config, chosen = requested(method, keep, positions, options)
     adapter, parts = resolve(model)
     chosen = fitted(adapter, parts, chosen, config.positions)
-    if chosen.stages(len(parts.layers)):
+    if any(not step.stage.at.before_the_model for step in steps_of(chosen, adapter.facts(parts))):
         raise ValueError(
             f"{chosen.name!r} drops tokens between the layers of the language model, and what verify compares with is "
             "one shorter prompt for all of them. Methods that drop before the language model are verified, such as "

@@ -65,12 +65,12 @@ def show(
         name = str(importlib.import_module(SHIPPED[model]).CHECKPOINT) if model in SHIPPED else model
         checkpoint = Checkpoint.load(name, device=pick_device(device), dtype=dtype)
         inputs = checkpoint.encode(picture, question)
-        with patch(checkpoint.model, config) as handle, viz.recording_picks() as picks:
+        with patch(checkpoint.model, config) as handle:
             tokens = checkpoint.model.generate(**inputs, max_new_tokens=16, do_sample=False)
         answer = checkpoint.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         caption = f"{question} {answer.strip()}"
         report = handle.report()
-        settings = {"picks": picks if order else None, "size": size, "caption": caption}
+        settings = {"order": order, "size": size, "caption": caption}
         if out.suffix.lower() in ANIMATIONS:
             with replacing(out) as written:
                 viz.save_animation(viz.animate(handle, inputs, checkpoint.processor, **settings), written)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vtc.engine.compaction import Compaction
 from vtc.engine.locate import Encoded
-from vtc.tokens import VisualTokens
 
 if TYPE_CHECKING:
     from vtc.engine.inside import Inside
@@ -104,54 +103,7 @@ class PreparedMasks:
 
 PREPARED_MASKS: ContextVar[PreparedMasks | None] = ContextVar("vtc_masks", default=None)
 
-
-class ClsRows(list[Tensor]):
-    """CLS rows in the order of the tower's calls, [pictures, patches] each: the list itself after the softmax."""
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__()
-        self.owner = owner
-        self.logits: list[Tensor] = []
-        """The same before the softmax."""
-
-
-_CLS_ROWS: ContextVar[ClsRows | None] = ContextVar("vtc_cls_rows", default=None)
-_TOKENS: ContextVar[list[VisualTokens] | None] = ContextVar("vtc_tokens", default=None)
 _BYPASS: ContextVar[bool] = ContextVar("vtc_bypass", default=False)
-
-
-@contextmanager
-def recording_cls_rows(owner: Any) -> Iterator[ClsRows]:
-    """Collect the CLS rows that the taps of ``owner`` compute while the vision tower runs."""
-    rows = ClsRows(owner)
-    token = _CLS_ROWS.set(rows)
-    try:
-        yield rows
-    finally:
-        _CLS_ROWS.reset(token)
-
-
-def cls_rows(owner: Any) -> ClsRows | None:
-    """Where taps of ``owner`` put a CLS row, or ``None`` when it did not ask."""
-    rows = _CLS_ROWS.get()
-    return rows if rows is not None and rows.owner is owner else None
-
-
-@contextmanager
-def recording_tokens() -> Iterator[list[VisualTokens]]:
-    """Hold what the method sees of the last prompt (in this thread); outside of such a block nothing is held."""
-    seen: list[VisualTokens] = []
-    token = _TOKENS.set(seen)
-    try:
-        yield seen
-    finally:
-        _TOKENS.reset(token)
-
-
-def see_tokens(tokens: VisualTokens) -> None:
-    """Called with the visual tokens of every prompt that is planned."""
-    if not torch.compiler.is_compiling() and (seen := _TOKENS.get()) is not None:
-        seen[:] = [tokens]
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from vtc.dialect.compilers import never_alone
 from vtc.dialect.modules import features_in
 from vtc.engine.compiled import between_graphs
-from vtc.engine.context import cls_rows, is_bypassed, recording_cls_rows, running_frame
+from vtc.engine.context import is_bypassed, running_frame
 from vtc.engine.locate import Encoded
+from vtc.engine.recorders import recording, recording_of
 from vtc.models import Adapter, Parts
 
 _ATTACHED = "_vtc_encoded"
@@ -59,39 +60,37 @@ def _fingerprint(output: Any) -> Tensor:
 
 
 def listening(
-    adapter: Adapter,
-    parts: Parts,
-    modality: str,
-    needs: frozenset[str],
-    encode: Callable[..., Any],
-    memory: Memory | None = None,
+    adapter: Adapter, parts: Parts, modality: str, encode: Callable[..., Any], memory: Memory | None = None
 ) -> Callable[..., Any]:
-    """Wrap the encoder of a modality; the signature stays, since transformers inspects it."""
+    """Wrap the encoder of a modality; the signature stays, since transformers inspects it.
+
+    What recorders make of the tower meanwhile comes along as signals.
+    """
     base = parts.base
     signature = inspect.signature(encode)
 
     @between_graphs
     def begin() -> Any:
-        nested = cls_rows(parts) is not None  # some families encode videos by way of their image encoder
+        nested = recording_of(parts) is not None  # some families encode videos by way of their image encoder
         if is_bypassed() or nested:
             return None
-        recording = recording_cls_rows(parts)
-        return recording, recording.__enter__()
+        block = recording(parts)
+        return block, block.__enter__()
 
     @between_graphs
-    def end(recording: Any) -> None:
-        recording.__exit__(None, None, None)
+    def end(block: Any) -> None:
+        block.__exit__(None, None, None)
 
     @between_graphs
-    def hear(output: Any, rows: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hear(output: Any, recorded: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (lengths := feature_lengths(output)) is None:
             return
         arguments = _flat(signature, args, kwargs)
         layouts = adapter.layouts(base, modality, lengths, arguments)
-        signals = {}
-        for name, heard in {"cls": rows, "cls_logits": rows.logits}.items():
-            if name in needs and heard:
-                signals[name] = adapter.cls_scores(base, modality, torch.cat(heard), layouts, arguments)
+        signals = {
+            signal: adapter.per_token(base, modality, torch.cat(pictures), layouts, arguments)
+            for signal, pictures in recorded.items()
+        }
         encoded = Encoded(tuple(layouts), signals, adapter.merge)
         setattr(output, _ATTACHED, encoded)
         if memory is not None:
@@ -103,12 +102,12 @@ def listening(
     def call(*args: Any, **kwargs: Any) -> Any:  # what it calls before and after stays out of graphs, the encoder not
         if (begun := begin()) is None:
             return encode(*args, **kwargs)
-        recording, rows = begun
+        block, recorded = begun
         try:
             output = encode(*args, **kwargs)
         finally:
-            end(recording)
-        hear(output, rows, args, kwargs)
+            end(block)
+        hear(output, recorded, args, kwargs)
         return output
 
     never_alone(call)

@@ -28,6 +28,7 @@ from vtc.dialect.caches import cache_in, logical_length, mask_sizes, new_cache, 
 from vtc.dialect.masks import attention_kinds, causal_mask
 from vtc.dialect.releases import running
 from vtc.engine import masks
+from vtc.engine.choosing import Chooser
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import FRAME, Frame, is_running, running_frame
 from vtc.engine.encode import Memory
@@ -47,7 +48,8 @@ class EntryStage:
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
         self.last: Prefill | None = None
         self._said: set[str] = set()
-        self.layers = LayerStages(parts, method)
+        self.chooser = Chooser(adapter, parts, method)
+        self.layers = LayerStages(parts, self.chooser.inside)
         self.memory = Memory()
         """What the encoders gave lately: found again when a copy of their output comes back without its attribute."""
         self.hides_gaps = parts.flash
@@ -75,13 +77,13 @@ class EntryStage:
         embeds = call[EMBEDS]
         if not frame.placeholders or embeds is None:
             return (), call.named
-        decision = plan(self.method, frame, embeds, bool(self.layers.stages))
+        decision = plan(self.chooser, frame, embeds)
         if decision is None:
             if physical_length(cache) == 0:
                 self.say_once("this prompt has image placeholders, but no image was encoded for it: nothing is pruned")
             return (), call.named
         lengths = tuple(frame.lengths or [embeds.shape[1]] * embeds.shape[0])
-        if decision.drops or self.layers.stages:
+        if decision.drops or self.layers.steps:
             frame.compaction = compaction(decision, frame, embeds.shape[:2])
             self._compact(call, frame, decision, frame.compaction)
         history = [] if frame.inside is None else frame.inside.history
@@ -162,10 +164,12 @@ class EntryStage:
                 "it; vtc.unpatch(model) and patch again"
             )
         embeds: Tensor = call[EMBEDS]
+        if decision.merged is not None:
+            call[EMBEDS] = embeds = decision.merged.into(embeds, decision.flat)
         batch, width = embeds.shape[:2]
         cache = self._cache(call)
         past = physical_length(cache)
-        if self.layers.stages:
+        if self.layers.steps:
             starts = self._starts(cache, past, width)
             inside = Inside.begin(decision, compact, frame.pad_right, starts)
             inside.past, inside.head = past, masks.stored(frame.mask, width)

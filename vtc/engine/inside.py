@@ -10,7 +10,9 @@ from torch import Tensor
 
 from vtc.engine.compaction import Columns, Compaction
 from vtc.engine.plan import Plan
-from vtc.tokens import InsideTokens
+from vtc.methods.stages import Kept, Step
+from vtc.signals import DecoderSignal
+from vtc.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class Inside:
         relative: LongTensor [B, M], the same columns counted among those that entered the first layer.
         alive: bool [G, N], tokens of each image that are still there.
         alive_counts: how many (host integers).
-        given: how many entered the first layer.
+        entered_counts: how many there were before a method's first stage, by the identity of the method.
+        size: float32 [G, N], how many tokens a place stands for, ``None``: one each.
         stages_done: how many stages have been passed.
-        transition: float [G, N], summed so far.
-        rows: attention rows that a stage ahead will ask for, by layer.
+        signals: what stages ahead ask for, as far as it is known; sums of watched modules go on growing.
         where: LongTensor [G, N], where each token sits in the flattened sequence; renewed when columns leave.
         visual: bool [B, M], the columns of visual tokens; renewed with it.
         masks: masks made for the present stage, by layer type.
@@ -65,10 +67,10 @@ class Inside:
     relative: Tensor
     alive: Tensor
     alive_counts: tuple[int, ...]
-    given: tuple[int, ...]
+    entered_counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    size: Tensor | None = None
     stages_done: int = 0
-    transition: Tensor | None = None
-    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    signals: dict[DecoderSignal, Tensor] = field(default_factory=dict)
     masks: dict[str | None, Any] = field(default_factory=dict)
     rotary: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     where: Tensor = field(init=False)
@@ -94,7 +96,8 @@ class Inside:
             relative,
             plan.keep,
             plan.counts,
-            plan.counts,
+            dict(plan.entered),
+            None if plan.merged is None else plan.merged.size,
             lengths=tuple(n + d for n, d in zip(compact.counts, compact.dropped, strict=True)),
             entered=compact.length,
             starts=starts,
@@ -145,28 +148,52 @@ class Inside:
         behind = self.valid & (self.index > last.to(self.index.device)[:, None])
         return behind, int((self.width - 1 - last).clamp(min=0).max())
 
-    def per_token(self, scores: Tensor) -> Tensor:
-        """Scores of columns, float [B, M] → of the images' tokens [G, N], 0 where gone."""
-        flat = torch.cat([scores.flatten(), scores.new_zeros(1)])
-        return flat[self.where]
+    def per_token(self, columns: Tensor) -> Tensor:
+        """Of columns [B, M, ...], those of the images' tokens [G, N, ...], 0 where gone."""
+        flat = columns.flatten(0, 1)
+        return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[self.where]
 
     def per_image(self, scores: Tensor) -> Tensor:
-        """Scores of samples, float [B] → of images [G]."""
+        """Of samples [B, ...], those of the images [G, ...]."""
         rows = torch.tensor([image.row for image in self.plan.images])
         return scores[rows.to(scores.device, non_blocking=True)]
 
-    def tokens(self, hidden: Tensor, signals: dict[str, Tensor]) -> InsideTokens:
-        """What a method sees."""
+    def tokens(self, step: Step, hidden: Tensor) -> VisualTokens:
+        """What a method sees at one of its stages."""
         flat = hidden.detach().flatten(0, 1)
-        return InsideTokens(
+        rows = [image.row for image in self.plan.images]
+        gone = ~self.alive
+        signals = {}
+        for signal in step.stage.needs:
+            value = self.signals[signal]  # type: ignore[index]
+            by_token = value.shape[:2] == gone.shape
+            shape = (*gone.shape, *(1,) * (value.dim() - 2))
+            signals[signal.key] = value.masked_fill(gone.view(shape), 0.0) if by_token else value
+        return VisualTokens(
             flat[self.where.clamp(max=len(flat) - 1)],
             tuple(image.layout for image in self.plan.images),
-            tuple(image.row for image in self.plan.images),
+            tuple(rows[:g].count(row) for g, row in enumerate(rows)),
+            signals,
+            step.axes,
+            tuple(rows),
             self.alive,
             self.alive_counts,
-            self.given,
-            signals,
+            self.entered_counts.setdefault(id(step.method), self.alive_counts),
+            self.size,
         )
+
+    def merge(self, kept: Kept, hidden: Tensor) -> Tensor:
+        """Hidden states [B, M, d] with the new values of a step written in."""
+        if kept.features is None or kept.written is None:
+            return hidden
+        batch, length = self.index.shape
+        place = self.where.masked_fill(~kept.written, batch * length)
+        rows = torch.cat([hidden.flatten(0, 1), hidden.new_zeros(1, hidden.shape[2])])
+        rows = rows.index_copy(0, place.flatten(), kept.features.flatten(0, 1).to(rows.dtype))
+        if kept.size is not None:
+            size = torch.ones_like(kept.size) if self.size is None else self.size
+            self.size = torch.where(kept.written, kept.size, size)
+        return rows[:-1].view_as(hidden)
 
     def drop(self, keep: Tensor, kept: tuple[int, ...], hidden: Tensor) -> tuple[bool, Tensor]:
         """Forget what the method did not keep; whether that left holes, and hidden states [B, M, d] without it."""

@@ -28,45 +28,50 @@ from vtc.dialect.masks import (
     shared_layers,
     window_of,
 )
-from vtc.engine import taps
 from vtc.engine.compaction import Columns
 from vtc.engine.context import Frame, running_frame
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, slot_map, stage_of
-from vtc.methods import Method
-from vtc.methods.base import Stage, surviving
+from vtc.engine.rows import AttentionRows
 from vtc.methods.returns import check_scores
+from vtc.methods.stages import Step
 from vtc.models import Parts
+from vtc.places import Layer
+from vtc.signals import DecoderSignal
 
 
 class LayerStages:
     """Hooks of a method's stages on one model's decoder layers. Holds no state of any generation."""
 
-    def __init__(self, parts: Parts, method: Method) -> None:
-        self.parts, self.method = parts, method
-        self.stages = method.stages(len(parts.layers))
+    def __init__(self, parts: Parts, steps: Sequence[Step]) -> None:
+        self.parts = parts
+        self.steps = tuple(steps)
         """Where tokens leave, by rising layer."""
-        self.row_layers: dict[int, frozenset[str]] = {}
-        """Attention signals wanted, by the layer whose projections make them."""
-        for stage in self.stages:
-            if wanted := stage.signals & taps.ROW_SIGNALS:
-                layer = stage.after if stage.attention is None else stage.attention
-                self.row_layers[layer] = self.row_layers.get(layer, frozenset()) | wanted
+        needs = dict.fromkeys(s for step in steps for s in step.stage.needs if isinstance(s, DecoderSignal))
+        self.read_at: dict[int, list[DecoderSignal]] = {}
+        """Signals made of what enters a layer, by layer."""
+        self.watched: dict[int, list[DecoderSignal]] = {}
+        """Signals summed up over modules, by layer."""
+        for signal in needs:
+            layers = [*signal.watched()]
+            for layer in layers:
+                self.watched.setdefault(layer, []).append(signal)
+            if not layers:
+                self.read_at.setdefault(signal.layer, []).append(signal)
         self.reads_positions = parts.reads_positions
-        self.transition_layers = frozenset(layer for stage in self.stages for layer in stage.transitions)
 
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any], bool]]:
         """What to hook: a module, the hook, and whether it runs before the module."""
-        if not self.stages:
+        if not self.steps:
             return
-        first = min([self.stages[0].after, *self.row_layers])
+        first = min([_after(self.steps[0]), *self.read_at])
         for index, layer in enumerate(self.parts.layers):
             if index >= first:
                 yield layer, functools.partial(self.before_layer, index), True
-            if index in self.transition_layers:
+            if index in self.watched:
                 for module in (attention.self_attention(layer), attention.mlp(layer)):
                     assert module is not None  # or it was refused
-                    yield module, self.after_module, False
+                    yield module, functools.partial(self.after_module, index), False
 
     # -- before the first layer -----------------------------------------------------------------------------------
 
@@ -75,8 +80,8 @@ class LayerStages:
         frame.inside = inside
         batch, device = inside.index.shape[0], inside.index.device
         if cache is not None:
-            for stage in self.stages:
-                adopt(cache, batch, device, self.parts, stage.after)
+            for step in self.steps:
+                adopt(cache, batch, device, self.parts, _after(step))
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -94,27 +99,34 @@ class LayerStages:
             )
         inside = frame.inside
         call = _Call.of(self.parts.spellings.layers[index], args, kwargs)
-        stage = self.stages[inside.stages_done] if inside.stages_done < len(self.stages) else None
+        step = self.steps[inside.stages_done] if inside.stages_done < len(self.steps) else None
         shortened = self._fitted(index, frame, call) if inside.stages_done else call
-        if index in self.row_layers:
-            inside.rows[index] = self._rows(index, layer, frame, shortened)
-        if stage is not None and stage.after == index:
+        if index in self.read_at:
+            view = _View.of(self, index, layer, frame, shortened)
+            inside.signals |= {signal: signal.read(view) for signal in self.read_at[index]}
+        if step is not None and _after(step) == index:
             call.hidden = self._drop(index, frame, shortened)
             shortened = self._fitted(index, frame, call)
         elif shortened is call:
             return None
         return shortened.args, shortened.keywords
 
-    def after_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Score what an attention or MLP module did to each token."""
+    def after_module(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Score what an attention or MLP module of a watched layer did to each token."""
         if (frame := running_frame(self.parts)) is None or frame.inside is None:
             return
         inside = frame.inside
-        before = attention.hidden_states(args, kwargs)
-        after = output[0] if isinstance(output, tuple) else output
-        scores = self.method.transition(before.detach(), after.detach(), inside.valid, inside.visual)
-        scores = inside.per_token(check_scores(self.method, scores, inside.valid).float())
-        inside.transition = scores if inside.transition is None else inside.transition + scores
+        before = attention.hidden_states(args, kwargs).detach()
+        after = (output[0] if isinstance(output, tuple) else output).detach()
+        scored: dict[DecoderSignal, Tensor] = {}
+        for signal in self.watched[index]:
+            if (scorer := signal.scorer) not in scored:
+                scores = signal.score(before, after, inside.valid, inside.visual)
+                scored[scorer] = inside.per_token(check_scores(signal, scores, inside.valid).float())
+            total = inside.signals.get(signal)
+            inside.signals[signal] = scored[scorer] if total is None else total + scored[scorer]
 
     def deepstack(self, process: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Wrap what adds features to early layers: those lose the tokens that left by then."""
@@ -138,19 +150,17 @@ class LayerStages:
         """Let the method's next stage choose; the hidden states of what stays."""
         inside = frame.inside
         assert inside is not None
-        stage = self.stages[inside.stages_done]
-        signals: dict[str, Tensor] = {}
-        for name in stage.signals:
-            if name == "transition":
-                assert inside.transition is not None
-                signals[name] = inside.transition.masked_fill(~inside.alive, 0.0)
-            else:
-                source = index if stage.attention is None else stage.attention
-                signals[name] = inside.rows[source][name]
-        keep, counts = surviving(self.method, inside.stages_done, inside.tokens(call.hidden, signals))
+        step = self.steps[inside.stages_done]
+        kept = step.reduce(inside.tokens(step, call.hidden))
+        merged = inside.merge(kept, call.hidden)
+        if merged is not call.hidden and call.hidden.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{step.method.name} merges tokens, and no gradient flows through that; run it under torch.no_grad(), "
+                "or train with a method that only drops tokens"
+            )
         cache = call[CACHE]
-        inside.past, inside.head = self._stored(index, frame, cache)
-        holes, hidden = inside.drop(keep, counts, call.hidden)
+        inside.past, inside.head = self.stored(index, frame, cache)
+        holes, hidden = inside.drop(kept.mask, kept.counts, merged)
         frame.stored[index] = inside.past + inside.index.shape[1]
         inside.stages_done += 1
         inside.history.append(Passed(inside.index, inside.valid, index, inside.alive))
@@ -159,12 +169,12 @@ class LayerStages:
             slots.extend(inside.past, inside.index, inside.valid, inside.width, dropped.to(slots.dropped.device), holes)
         return hidden
 
-    def _stored(self, index: int, frame: Frame, cache: Any) -> tuple[int, Tensor | None]:
+    def stored(self, index: int, frame: Frame, cache: Any) -> tuple[int, Tensor | None]:
         """How many keys a layer stored before this call, and which of them are no padding (``None``: all)."""
         inside = frame.inside
         assert inside is not None
-        ahead = self.stages[inside.stages_done :]
-        if not ahead or ahead[0].after != index:  # as the layers before it
+        ahead = self.steps[inside.stages_done :]
+        if not ahead or _after(ahead[0]) != index:  # as the layers before it
             return inside.past, inside.head
         past, slots = physical_length(cache, index), slot_map(cache, index)
         return past, None if slots is None else slots.physical_mask(_before(frame, slots, past), past)
@@ -222,52 +232,12 @@ class LayerStages:
 
     # -- signals --------------------------------------------------------------------------------------------------
 
-    def _rows(self, index: int, layer: nn.Module, frame: Frame, call: _Call) -> dict[str, Tensor]:
-        inside = frame.inside
-        assert inside is not None
-        wanted = self.row_layers[index]
-        cache, given = call[CACHE], call[MASK]
-        past, head = self._stored(index, frame, cache)
-        prepared = None
-        if frame.prepared and isinstance(given, Tensor) and given.dim() == 4:
-            start = self._start(index, inside, cache, past)
-            prepared = given[..., start : start + inside.index.shape[1]]
-        rows_at = functools.partial(
-            taps.Rows.of,
-            layer,
-            call.hidden.detach(),
-            call[ROTARY],
-            self._positions(call),
-            keys=stored_keys(cache, index, past),
-            valid=inside.padding(past, head),
-            prepared=prepared,
-            window=window_of(self.parts.decoder.config, index),
-        )
-        visual = inside.visual
-        text, longest = inside.text_behind()
-        signals: dict[str, Tensor] = {}
-        if wanted - {"visual_to_text"}:
-            rows = rows_at(text, longest)
-            if "last" in wanted:
-                signals["last"] = inside.per_token(rows.last())
-            if wanted & {"instruction", "text_to_visual"}:
-                mean = rows.mean()
-                signals["instruction"] = inside.per_token(mean)
-                signals["text_to_visual"] = inside.per_image((mean * visual).sum(1).where(text.any(1), torch.nan))
-        if "visual_to_text" in wanted:
-            if prepared is None:  # causal, and the text is behind: nothing to see
-                signals["visual_to_text"] = inside.per_image(torch.zeros(len(text), device=text.device))
-            else:
-                mean = rows_at(visual, max(inside.seen_by_row())).mean()
-                signals["visual_to_text"] = inside.per_image((mean * text).sum(1))
-        return {name: signals[name] for name in wanted}
-
-    def _positions(self, call: _Call) -> Tensor | None:
+    def positions(self, call: _Call) -> Tensor | None:
         """Position ids [B, M] of a call, where layers compute with them."""
         ids = call[POSITIONS] if self.reads_positions else None
         return None if ids is None else ids.expand(len(call.hidden), -1)
 
-    def _start(self, index: int, inside: Inside, cache: Any, past: int) -> int:
+    def start(self, index: int, inside: Inside, cache: Any, past: int) -> int:
         """Where this call's own keys begin in the mask that a layer gets now."""
         if not inside.stages_done:
             return inside.starts.get(layer_type(self.parts.decoder.config, index), 0)
@@ -291,6 +261,47 @@ class LayerStages:
             frame.later_masks[key] = causal_mask(self.parts.decoder.config, index, hidden, padding, cache)
         call[MASK] = frame.later_masks[key]
         return args, call.named
+
+
+class _View:
+    """What signals of one layer see of a prefill; rows are projected once for all of them."""
+
+    def __init__(self, inside: Inside, hidden: Tensor, bidirectional: bool, project: Callable[..., AttentionRows]):
+        self.inside, self.hidden, self.bidirectional, self._project = inside, hidden, bidirectional, project
+        self.visual = inside.visual
+        self.text, self._longest = inside.text_behind()
+        self.per_token, self.per_image = inside.per_token, inside.per_image
+        self._rows: dict[str, AttentionRows] = {}
+
+    @classmethod
+    def of(cls, stages: LayerStages, index: int, layer: nn.Module, frame: Frame, call: _Call) -> _View:
+        inside = frame.inside
+        assert inside is not None
+        cache, given = call[CACHE], call[MASK]
+        past, head = stages.stored(index, frame, cache)
+        prepared = None
+        if frame.prepared and isinstance(given, Tensor) and given.dim() == 4:
+            start = stages.start(index, inside, cache, past)
+            prepared = given[..., start : start + inside.index.shape[1]]
+        hidden = call.hidden.detach()
+        project = functools.partial(
+            AttentionRows.of,
+            layer,
+            hidden,
+            call[ROTARY],
+            stages.positions(call),
+            keys=stored_keys(cache, index, past),
+            valid=inside.padding(past, head),
+            prepared=prepared,
+            window=window_of(stages.parts.decoder.config, index),
+        )
+        return cls(inside, hidden, prepared is not None, project)
+
+    def rows(self, which: str) -> AttentionRows:
+        if which not in self._rows:
+            wanted = (self.text, self._longest) if which == "text" else (self.visual, max(self.inside.seen_by_row()))
+            self._rows[which] = self._project(*wanted)
+        return self._rows[which]
 
 
 @dataclass
@@ -328,19 +339,26 @@ def _before(frame: Frame, slots: Any, past: int) -> Tensor | None:
     return None if frame.logical is None else frame.logical[:, : past + slots.removed]
 
 
-def unfit_for(parts: Parts, stages: Sequence[Stage]) -> str | None:
+def _after(step: Step) -> int:
+    """How many layers run before a step between layers."""
+    assert isinstance(step.stage.at, Layer)
+    return step.stage.at.after
+
+
+def unfit_for(parts: Parts, steps: Sequence[Step]) -> str | None:
     """Why tokens cannot leave this language model at these stages, ``None`` if they can."""
     config = parts.decoder.config
     kinds = attention_kinds(config) or []
     if odd := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind or "chunked" in kind}):
         return f"this one has {', '.join(odd)} layers, whose state has no single tokens to leave out"
     first = attention.self_attention(parts.layers[0])
-    if any(stage.signals & taps.ROW_SIGNALS for stage in stages) and not attention.has_projections(first):
+    signals = [s for step in steps for s in step.stage.needs if isinstance(s, DecoderSignal)]
+    if any(signal.needs_rows for signal in signals) and not attention.has_projections(first):
         return f"its attention ({type(first).__name__}) has no q_proj and k_proj to recompute rows from"
-    if any(stage.transitions for stage in stages) and (first is None or attention.mlp(parts.layers[0]) is None):
+    if any([*signal.watched()] for signal in signals) and (first is None or attention.mlp(parts.layers[0]) is None):
         return "its layers have no attention and mlp to watch"
     last = last_layer_before_reuse(config, len(parts.layers))
-    if last is not None and (late := [stage.after for stage in stages if stage.after > last]):
+    if last is not None and (late := [_after(step) for step in steps if _after(step) > last]):
         return (
             f"its last {shared_layers(config)} layers reuse keys of layer {last}, which would still hold what leaves "
             f"after layer {late[0]}; stages up to {last} work"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtc.signals import TowerSignal
 from vtc.tokens import Layout
 
 
@@ -21,13 +22,13 @@ class Encoded:
 
     Attributes:
         layouts: one per entry.
-        signals: by name, one float tensor [n] per entry.
+        signals: what the vision tower was asked for, one float tensor [n] or [n, c] per entry.
         known: the layouts were told by what the encoder was called with, not only by the number of features.
         merge: how entries that follow each other without text between make one image, ``None`` if each is one.
     """
 
     layouts: tuple[Layout, ...]
-    signals: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    signals: Mapping[TowerSignal, Sequence[Tensor]] = field(default_factory=dict)
     merge: Callable[[Sequence[Layout]], Layout] | None = None
     known: bool = True
 

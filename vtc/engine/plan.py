@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vtc.engine.choosing import PROJECTOR_INPUT, Chooser, Merged
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import Frame, see_tokens
+from vtc.engine.context import Frame
 from vtc.engine.locate import Located, locate
-from vtc.methods import Method
-from vtc.methods.base import entering
+from vtc.places import Projector
 from vtc.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ class Plan:
         images: what was found, by row.
         keep: bool [G, N], which of each image's tokens stay (on the model's device).
         counts: how many (host integers).
+        merged: what stands in the places of those that stay, where the method merges.
+        order: of each image LongTensor [k], the tokens that the method chose, in its own order; ``None``: it has none.
+        entered: how many there were before a method's first stage, by the identity of the method.
         flat: LongTensor [G, N], where each token sits in the flattened batch; padding points past its end.
         given: tokens of each image that can be seen at all: those that the mask does not hide (host integers).
     """
@@ -36,6 +39,9 @@ class Plan:
     counts: tuple[int, ...]
     flat: Tensor
     given: tuple[int, ...]
+    merged: Merged | None = None
+    order: list[Tensor] | None = None
+    entered: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def drops(self) -> bool:
@@ -82,15 +88,15 @@ class Prefill:
         return [(0, self.plan.kept(batch)), *inside]
 
 
-def plan(method: Method, frame: Frame, embeds: Tensor, inside: bool = False) -> Plan | None:
+def plan(chooser: Chooser, frame: Frame, embeds: Tensor) -> Plan | None:
     """Find the images of a call and let the method choose.
 
     Args:
-        method: chooses.
+        chooser: a method's steps before the language model.
         frame: the call.
         embeds: [B, N, d], what enters the decoder; at placeholders these are the projected features.
-        inside: tokens leave inside the language model too, so that padding leaves even if no token does here.
     """
+    method = chooser.method
     guessed = [m for m in frame.placeholders if m in frame.encoded and not frame.encoded[m].known]
     if guessed and method.reads_layout:
         raise ValueError(
@@ -108,44 +114,45 @@ def plan(method: Method, frame: Frame, embeds: Tensor, inside: bool = False) -> 
         batch_first=True,
         padding_value=embeds.shape[0] * width,
     ).to(embeds.device, non_blocking=True)
-    decision = decide(method, frame, images, flat, embeds)
-    if frame.hides and frame.mask is not None and (decision.drops or inside):
+    decision = decide(chooser, frame, images, flat, embeds)
+    if frame.hides and frame.mask is not None and (decision.drops or chooser.goes_on):
         return decision.without_hidden(frame.mask[:, -width:])
     return decision
 
 
-def decide(method: Method, frame: Frame, images: list[Located], flat: Tensor, embeds: Tensor) -> Plan:
+def decide(chooser: Chooser, frame: Frame, images: list[Located], flat: Tensor, embeds: Tensor) -> Plan:
     """Let the method choose among the tokens of images whose places are known.
 
     If the method does not look at the host, this and :func:`compaction` are one graph for torch.compile, and with as
     many tokens in every image also one that a CUDA graph can hold.
     """
     features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * embeds.shape[1] - 1)]
-    tokens = VisualTokens(features, tuple(i.layout for i in images), _ordinals(images), _signals(method, frame, images))
-    see_tokens(tokens)
-    keep, counts = entering(method, tokens)
-    return Plan(images, keep, counts, flat, tokens.lengths)
+    tokens = VisualTokens(
+        features, tuple(i.layout for i in images), _ordinals(images), samples=tuple(i.row for i in images)
+    )
+    merged, order = None, None
+    entered: dict[int, tuple[int, ...]] = {}
+    for step in chooser.steps:
+        signals = chooser.signals(step, frame, images, embeds)
+        values = signals.pop(PROJECTOR_INPUT.key) if step.stage.at == Projector() else tokens.features
+        given = entered.setdefault(id(step.method), tokens.counts)
+        kept = step.reduce(replace(tokens, features=values, signals=signals, axes=step.axes, entered=given))
+        if kept.features is not None:
+            if embeds.requires_grad and torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"{step.method.name} merges tokens, and no gradient flows through that; run it under "
+                    "torch.no_grad(), or train with a method that only drops tokens"
+                )
+            merged = chooser.merged(step, kept, tokens, merged)
+            tokens = replace(tokens, features=merged.features, size=merged.size)
+        order = None if kept.order is None else [row[:k] for row, k in zip(kept.order, kept.chosen, strict=True)]
+        tokens = replace(tokens, alive=kept.mask, alive_counts=kept.counts)
+    return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, entered)
 
 
 def _ordinals(images: list[Located]) -> tuple[int, ...]:
     rows = [image.row for image in images]
     return tuple(rows[:g].count(row) for g, row in enumerate(rows))
-
-
-def _signals(method: Method, frame: Frame, images: list[Located]) -> dict[str, Tensor]:
-    def find(name: str, image: Located) -> Tensor:
-        scores = frame.encoded[image.modality].signals.get(name)
-        if scores is None or not image.sources:
-            raise ValueError(
-                f"method {method.name!r} needs the signal {name!r}, but the images of this prompt were encoded where "
-                "it could not be heard (before the model was patched?); pass pixel values to the patched model"
-            )
-        return torch.cat([scores[source] for source in image.sources])
-
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([find(name, image) for image in images], batch_first=True)
-        for name in method.needs
-    }
 
 
 def compaction(plan: Plan, frame: Frame, shape: torch.Size) -> Compaction:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtc.budget import apportioned, count
-from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, selection, surviving
+from vtc.budget import apportioned
+from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage
 from vtc.methods.divprune import DivPrune
-from vtc.tokens import InsideTokens, Layout, Part, VisualTokens
+from vtc.methods.registry import register_method
+from vtc.methods.returns import check_reduction
+from vtc.methods.stages import Kept
+from vtc.tokens import Layout, Part, VisualTokens
 from vtc.values import shown
 
 
@@ -33,7 +38,7 @@ class Allocator(Method):
             return
         if not isinstance(self.selector, Method):
             raise TypeError(f"selector={shown(self.selector)} is no vtc.Method, such as vtc.DivPrune()")
-        if not self.selector.enters:
+        if not self.selector.prunes_at_entry:
             raise ValueError(
                 f"selector={shown(self.selector)} does not choose before the language model, where {self.name} shares "
                 "out budgets. What would work: vtc.DivPrune(), or with it "
@@ -44,11 +49,6 @@ class Allocator(Method):
     def query_aware(self) -> bool:  # type: ignore[override]
         """As the selector is."""
         return self.selector is not None and self.selector.query_aware
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the selector needs."""
-        return frozenset() if self.selector is None else self.selector.needs
 
     @property
     def remedy(self) -> str:
@@ -65,58 +65,68 @@ class Allocator(Method):
         if self.selector is not None:
             self.selector.check(facts)
 
-    def stages(self, depth: int) -> tuple[Stage, ...]:
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """Those of the selector."""
-        return () if self.selector is None else self.selector.stages(depth)
+        return super().stages(model) if self.selector is None else self.selector.stages(model)
 
-    def transition(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-        """That of the selector."""
+    def counts(
+        self, layouts: Sequence[Layout], stage: Stage | None = None, given: Sequence[int] | None = None
+    ) -> tuple[int, ...] | None:
+        """Before the language model as ``keep`` says; inside it as the selector says."""
+        if stage is None or stage.at.before_the_model or self.selector is None:
+            return super().counts(layouts, stage, given)
+        return self.selector.counts(layouts, stage, given)
+
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Before the language model within shares; inside it the selector decides."""
+        if stage.at.before_the_model:
+            return self.share_out(stage, tokens, budget)
         assert self.selector is not None
-        return self.selector.transition(before, after, real, visual)
+        return self.selector.reduce(stage, tokens, budget)
 
-    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """That of the selector."""
-        assert self.selector is not None
-        return surviving(self.selector, index, tokens)
-
-    def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
-        """What :meth:`choose` comes to."""
-        return self.choose(tokens)[1]
-
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-        """What :meth:`choose` keeps, ascending; ``budget`` must be that of :meth:`budget`."""
-        mask, counts = self.choose(tokens)
-        if counts != tuple(budget):
-            raise ValueError(f"{self.name} shares out {counts} tokens, not budget={shown(tuple(budget))}")
-        return (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, : max(budget)]
+    @abstractmethod
+    def share_out(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Divide the budget and let the selector choose. Arguments and result as those of :meth:`reduce`."""
 
 
 def within(
-    selector: Method, tokens: VisualTokens, parts: list[tuple[Part, ...]], budgets: list[tuple[int, ...]]
-) -> tuple[Tensor, tuple[int, ...]]:
+    selector: Method,
+    stage: Stage,
+    tokens: VisualTokens,
+    parts: Sequence[Sequence[Part]],
+    budgets: Sequence[Sequence[int]],
+) -> Reduction:
     """Let a method choose within parts of images.
 
     Args:
         selector: the method.
-        tokens: G images.
+        stage: where it does so.
+        tokens: G images, of which nothing has left.
         parts: of each image.
         budgets: of each part; where it is 0 the selector is not asked.
-
-    Returns:
-        Bool [G, N], and how many that is for each image.
     """
     asked = [[(p, k) for p, k in zip(*both, strict=True) if k] for both in zip(parts, budgets, strict=True)]
-    pieces, place = tokens.split([[part for part, _ in own] for own in asked])
-    mask = selection(selector, pieces, tuple(k for own in asked for _, k in own))
-    return unsplit(mask, place, tokens), tuple(sum(k for _, k in own) for own in asked)
+    pieces, place = tokens.split([[part for part, _ in pairs] for pairs in asked])
+    budget = tuple(k for pairs in asked for _, k in pairs)
+    found = check_reduction(selector, selector.reduce(stage, pieces, budget), budget, pieces)
+    return unsplit(Kept.of(found, pieces), place, tokens, tuple(sum(k for _, k in pairs) for pairs in asked))
 
 
-def unsplit(mask: Tensor, place: Tensor, tokens: VisualTokens) -> Tensor:
-    """Bool [R, M] over the parts of :meth:`VisualTokens.split` to bool [G, N] over the images they come from."""
+def unsplit(kept: Kept, place: Tensor, tokens: VisualTokens, counts: tuple[int, ...]) -> Reduction:
+    """What was kept of the parts of :meth:`VisualTokens.split`, as a reduction of the images they come from."""
     shape = tokens.features.shape[:2]
-    end = shape.numel()
-    flat = torch.zeros(end + 1, dtype=torch.bool, device=mask.device)
-    return flat.scatter(0, place.masked_fill(~mask, end).flatten(), True)[:-1].view(shape)
+
+    def back(values: Tensor) -> Tensor:  # [R, M, ...] to [G, N, ...]
+        flat = values.new_zeros(shape.numel() + 1, *values.shape[2:])
+        flat[place.masked_fill(~kept.mask, shape.numel()).flatten()] = values.flatten(0, 1)
+        return flat[:-1].view(*shape, *values.shape[2:])
+
+    found = Reduction.of_mask(back(kept.mask), counts)
+    if kept.features is None:
+        return found
+    rows = torch.arange(len(counts), device=found.index.device)[:, None]
+    size = None if kept.size is None else back(kept.size)[rows, found.index]
+    return replace(found, features=back(kept.features)[rows, found.index], size=size)
 
 
 _SELECTOR = DivPrune()
@@ -160,16 +170,15 @@ class Allocate(Allocator):
                 f"newlines={shown(self.newlines)}: newline tokens belong to no part of an image; they are kept"
             )
 
-    def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
+    def share_out(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 3; does not wait for the device if the selector does not."""
-        totals = tuple(count(self.keep, n) for n in tokens.lengths)
-        if totals == tokens.lengths:
-            return tokens.mask, totals
+        assert budget is not None
         parts = [self._parts(layout) for layout in tokens.layouts]
         budgets = [
-            apportioned(total, [len(part.tokens) for part in own]) for total, own in zip(totals, parts, strict=True)
+            apportioned(total, [len(part.tokens) for part in of_image])
+            for total, of_image in zip(budget, parts, strict=True)
         ]
-        return within(self.selector, tokens, parts, budgets)
+        return within(self.selector, stage, tokens, parts, budgets)
 
     def _parts(self, layout: Layout) -> tuple[Part, ...]:
         split = self.by == "uniform" or (self.by == "frame" and bool(layout.of_kind("frame")))

@@ -1,46 +1,75 @@
-"""What a method is: a frozen dataclass that turns visual tokens into picks. One paper, one file, one subclass."""
+"""What a method is: a frozen dataclass that says where tokens leave and which stay. One paper, one file, one subclass.
+
+    class FastV(Scorer):
+        def stages(self, model): return (Stage(Layer(2), needs=(Rows(1, of="last"),)),)
+        def score(self, stage, tokens): return tokens.signals["last"]
+
+A method never sees a model: :meth:`Method.reduce` gets :class:`vtc.tokens.VisualTokens` and returns a
+:class:`Reduction`. Budgets, newlines, tokens that left before, and whether a result is what was promised are the
+business of :mod:`vtc.methods.stages`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vtc.budget import Keep, check_keep, count
-from vtc.methods.returns import check_budget, check_kept, check_picks, check_stages
-from vtc.tokens import InsideTokens, VisualTokens, column
+from vtc.places import Entry, Place
+from vtc.signals import Signal
+from vtc.tokens import Layout, VisualTokens, column
 from vtc.values import shown
 
 Newlines = Literal["candidates", "keep"]
-M = TypeVar("M", bound="type[Method]")
-
-_REGISTRY: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A place between two decoder layers where tokens may leave.
+    """A place where tokens may leave.
 
     Attributes:
-        after: how many layers run before, 1 <= after < depth (papers count layers from 1: "after layer 7").
-        signals: names of ``InsideTokens.signals`` that :meth:`Method.keep_inside` reads there.
-        attention: index, from 0, of the layer whose attention rows make ``instruction``, ``last`` and the two shares;
-            its q and k projections are applied to what enters it. Default: the next layer, ``after``.
-        transitions: indices, from 0, of the layers whose transitions are summed up to here.
-        removes_all: a sample loses all of its visual tokens here, or none; ``Patch.last_keep`` tells what it had.
+        at: the place.
+        needs: what the method wants to know there, beside the features.
+        all_or_nothing: an image loses all of its tokens here, or none; ``Patch.last_keep`` tells what it had.
+        number: which of the method's stages it is; filled in.
     """
 
-    after: int
-    signals: frozenset[str] = frozenset()
-    attention: int | None = None
-    transitions: tuple[int, ...] = ()
-    removes_all: bool = False
+    at: Place
+    needs: tuple[Signal, ...] = ()
+    all_or_nothing: bool = False
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a method decided at one stage, for G images.
+
+    Attributes:
+        index: LongTensor [G, K], kept places: of row g the first ``counts[g]`` entries are read. In the order of
+            picking or of falling score, if ``ordered``.
+        features: float [G, K, d], what stands at those places from now on; ``None``: what stood there before.
+        counts: how many of each image (host integers); ``None``: as many as the budget said.
+        size: float32 [G, K], how many tokens each place stands for; ``None``: as before.
+        ordered: whether the order of ``index`` means something.
+    """
+
+    index: Tensor
+    features: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+    size: Tensor | None = None
+    ordered: bool = True
+
+    @classmethod
+    def of_mask(cls, mask: Tensor, counts: tuple[int, ...]) -> Reduction:
+        """From bool [G, N] and the numbers of its True entries (host integers)."""
+        index = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, : max([0, *counts])]
+        return cls(index, counts=counts, ordered=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +80,8 @@ class ModelFacts:
         model_type: of the model's config, for messages.
         width: of the embeddings that enter the language model.
         depth: decoder layers of the language model.
-        signals: names that ``VisualTokens.signals`` can have on this model.
+        signals: kinds of signals of the vision tower that this model can give (see :mod:`vtc.signals`).
         has_thumbnail: its large images are a thumbnail and crops whose places in the image are known.
-        has_text_tower: it can embed a text and an image in one space, as CLIP does.
     """
 
     model_type: str
@@ -61,7 +89,10 @@ class ModelFacts:
     depth: int
     signals: frozenset[str] = frozenset()
     has_thumbnail: bool = False
-    has_text_tower: bool = False
+
+
+ANY_MODEL = ModelFacts(model_type="any", width=1, depth=1 << 16)
+"""For questions about a method whose answer is the same on every model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +118,51 @@ class Method(ABC):
         if self.newlines not in ("candidates", "keep"):
             raise ValueError(f"newlines={shown(self.newlines)} is neither 'candidates' nor 'keep'")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the signals (see ``VisualTokens.signals``) without which :meth:`select` cannot run."""
-        return frozenset()
+    # -- what a method writes -------------------------------------------------------------------------------------
 
-    @property
-    def remedy(self) -> str:
-        """What to write instead when a needed signal is not to be had; completes the error message."""
-        return "methods that need no such signal: " + ", ".join(
-            n for n, m in sorted(_REGISTRY.items()) if not m().needs
-        )
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """Where tokens leave, and what must be known there; by default between projector and language model.
 
-    @property
-    def enters(self) -> bool:
-        """Whether tokens leave before the language model; False for methods that only work inside it."""
-        return not (isinstance(self.keep, float) and self.keep == 1.0)
+        Raises:
+            ValueError: the schedule does not fit the model.
+        """
+        return (Stage(Entry()),)
 
-    @property
-    def reads_layout(self) -> bool:
-        """Whether the structure of the tokens decides what stays: newlines, crops, frames."""
-        return self.newlines == "keep"
+    @abstractmethod
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Decide which tokens stay, and what stands in their places.
+
+        Args:
+            stage: one of :meth:`stages`.
+            tokens: G images; only those of ``tokens.mask`` may be kept.
+            budget: how many to keep of each image, what :meth:`counts` comes to; ``None`` where that is ``None``. Never
+                all tokens of all images: then nobody is asked.
+
+        Returns:
+            Equal for an image alone and beside any others.
+        """
+
+    def quota(self, n: int, stage: Stage) -> int:
+        """How many of an image's ``n`` tokens are left after a stage; ``n`` is what there was before the first one."""
+        return count(self.keep, n)
+
+    def counts(
+        self, layouts: Sequence[Layout], stage: Stage | None = None, given: Sequence[int] | None = None
+    ) -> tuple[int, ...] | None:
+        """How many tokens of each image are left after a stage, from layouts alone.
+
+        Args:
+            layouts: of the images.
+            stage: default: the last one.
+            given: how many of each there were before the method's first stage; default: all.
+
+        Returns:
+            Host integers; ``None`` where the content of the images decides.
+        """
+        stage = stage or Stage(Entry(), number=-1)
+        numbers = [layout.length for layout in layouts] if given is None else given
+        spared = [self.spared(layout, n) for layout, n in zip(layouts, numbers, strict=True)]
+        return tuple(s + self.quota(n - s, stage) for s, n in zip(spared, numbers, strict=True))
 
     def settle(self, facts: ModelFacts) -> Method:
         """The method with what it left open decided for one model; called once, before :meth:`check`."""
@@ -116,123 +171,69 @@ class Method(ABC):
     def check(self, facts: ModelFacts) -> None:
         """Refuse a model that the method cannot work on; called before anything is touched.
 
-        That :attr:`needs` are met is checked by the caller, afterwards.
+        That the signals of its stages can be had is checked by the caller, afterwards.
 
         Raises:
             ValueError: with the offending value and what would work.
         """
-        check_stages(self, self.stages(facts.depth), facts.depth)
+        return None
 
-    def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
-        """Tokens kept of each image."""
-        return tuple(count(self.keep, n) for n in tokens.lengths)
+    @property
+    def remedy(self) -> str:
+        """What to write instead when a signal is not to be had; empty: methods that need none are named."""
+        return ""
 
-    def stages(self, depth: int) -> tuple[Stage, ...]:
-        """Where tokens leave inside a language model of ``depth`` layers, in order; nowhere by default.
+    # -- what others ask ------------------------------------------------------------------------------------------
 
-        Raises:
-            ValueError: the schedule does not fit a model of that depth.
-        """
-        return ()
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """The methods whose stages these are: itself, or the parts of a chain."""
+        return (self,)
 
-    def transition(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-        """Score how one module (attention or MLP) changes each token; for stages that ask for ``transition``.
+    def spared(self, layout: Layout, n: int) -> int:
+        """Newline tokens that stay unasked, among the ``n`` tokens that an image had."""
+        return min(n, len(layout.newlines())) if self.newlines == "keep" else 0
 
-        Args:
-            before: [B, L, d], the module's input, after its norm.
-            after: [B, L, d], its output, before the residual addition.
-            real: bool [B, L], False for padding.
-            visual: bool [B, L], True for visual tokens.
+    def signals(self) -> tuple[Signal, ...]:
+        """All that its stages need, on a model with room for them."""
+        return tuple(signal for member in self.members for s in member.stages(ANY_MODEL) for signal in s.needs)
 
-        Returns:
-            Float32 [B, L].
-        """
-        raise NotImplementedError(f"{type(self).__name__} asks for transitions but does not score them")
+    @property
+    def prunes_at_entry(self) -> bool:
+        """Whether tokens leave before the language model; False for methods that only work inside it."""
+        if keeps_all(self):
+            return False
+        return any(stage.at.before_the_model for member in self.members for stage in member.stages(ANY_MODEL))
 
-    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Which tokens survive stage ``index`` of :meth:`stages`.
+    @property
+    def reads_layout(self) -> bool:
+        """Whether the structure of the tokens decides what stays: newlines, crops, frames."""
+        return self.newlines == "keep"
 
-        Returns:
-            Bool [G, N], a subset of ``tokens.alive``, and how many that is for each image (host integers).
-        """
-        raise NotImplementedError(f"{type(self).__name__} has stages but does not choose in them")
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer(Method):
+    """Base of the methods that score tokens and keep the highest, ties to the lowest index."""
+
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """The highest scores of each image."""
+        assert budget is not None
+        scores = self.score(stage, tokens).masked_fill(~tokens.mask, -torch.inf)
+        return Reduction(highest(scores, max(budget)))
 
     @abstractmethod
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-        """Pick tokens.
-
-        Args:
-            tokens: G images, padded to N tokens.
-            budget: how many to pick of each, 1 <= budget[g] <= tokens.lengths[g].
-
-        Returns:
-            LongTensor [G, max(budget)]: token indices in pick order, without repeats among the first ``budget[g]``
-            entries of row g, which alone are read. Equal for an image alone and beside any others.
-        """
-
-    def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Budget, then selection. Arguments and result as :meth:`keep_mask`, but newlines are tokens like any other."""
-        budget = check_budget(self, self.budget(tokens), tokens.lengths)
-        if budget == tokens.lengths:
-            return tokens.mask, budget
-        return selection(self, tokens, budget), budget
-
-    def keep_mask(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Which tokens stay. Never waits for the device if :meth:`choose` does not.
-
-        Returns:
-            Bool [G, N], True for the tokens that stay (False for padding), and how many that is for each image.
-
-        Raises:
-            ValueError: :meth:`select` or :meth:`budget` returned something else than promised.
-        """
-        if self.newlines == "candidates":
-            return self.choose(tokens)
-        bare, index = tokens.without_newlines()
-        chosen, counts = self.choose(bare)
-        newlines = tokens.mask & ~tokens.where("image", "thumbnail", "crops", "frame")
-        mask = newlines | marked(index.masked_fill(~chosen, -1), tokens.features.shape[1])
-        lost = [n - m for n, m in zip(tokens.lengths, bare.lengths, strict=True)]
-        return mask, tuple(k + n for k, n in zip(counts, lost, strict=True))
+    def score(self, stage: Stage, tokens: VisualTokens) -> Tensor:
+        """Float [G, N], finite; what is outside of ``tokens.mask`` does not matter."""
 
 
-def selection(method: Method, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-    """Bool [G, N]: what a method's :meth:`Method.select` picks.
-
-    Raises:
-        ValueError: it returned something else than promised; on CUDA, wrong values of methods that are not vtc's own
-            end in an assertion of the device.
-    """
-    picks = method.select(tokens, budget)
-    check_picks(method, picks, budget, tokens.lengths, tokens.features)
-    return first_of(picks, budget, tokens.features.shape[1])
-
-
-def entering(method: Method, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
-    """What a method's :meth:`Method.keep_mask` keeps: the one call the engine makes before the language model.
-
-    Raises:
-        ValueError: the method returned something else than promised.
-    """
-    kept = method.keep_mask(tokens)
-    if type(method).keep_mask is Method.keep_mask and type(method).choose is Method.choose:
-        return kept  # looked at already
-    call = "choose" if type(method).keep_mask is Method.keep_mask else "keep_mask"
-    return check_kept(method, call, kept, tokens.mask, tokens.lengths)
-
-
-def surviving(method: Method, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
-    """What a method's :meth:`Method.keep_inside` keeps.
-
-    Raises:
-        ValueError: it returned something else than promised.
-    """
-    return check_kept(method, "keep_inside", method.keep_inside(index, tokens), tokens.alive, tokens.counts)
+def keeps_all(method: Method) -> bool:
+    """Whether every token stays where the keep decides: the float 1.0."""
+    return isinstance(method.keep, float) and method.keep == 1.0
 
 
 def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:
     """Bool [G, n], True at the first ``budget[g]`` entries of row g of LongTensor ``picks`` [G, K]."""
-    picks = picks[:, : max(budget)]
+    picks = picks[:, : max([0, *budget])]
     unread = torch.arange(picks.shape[1], device=picks.device) >= column(budget, picks.device)
     return marked(picks.masked_fill(unread, -1), n)
 
@@ -258,46 +259,3 @@ def image_seed(seed: int, ordinal: int, length: int) -> int:
     """
     digest = hashlib.blake2b(f"{seed} {ordinal} {length}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def register_method(cls: M) -> M:
-    """Class decorator: make a :class:`Method` known under its ``name`` (to ``vtc.patch``, configs and the CLI).
-
-    Raises:
-        ValueError: the name is taken, not lower case, or missing.
-    """
-    name = getattr(cls, "name", None)
-    if not name or name != name.lower():
-        raise ValueError(f"{cls.__name__}.name={shown(name)}: a method needs a lower-case name")
-    if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
-        raise ValueError(f"a method named {shown(name)} exists already: {_REGISTRY[name].__qualname__}")
-    _REGISTRY[name] = cls
-    return cls
-
-
-def method_class(name: str) -> type[Method]:
-    """The class registered under ``name``.
-
-    Raises:
-        ValueError: unknown; the message suggests the nearest names.
-    """
-    try:
-        return _REGISTRY[name]
-    except KeyError:
-        near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(list_methods())}"
-        raise ValueError(f"unknown method {shown(name)}; {hint}") from None
-
-
-def make_method(name: str, **options: Any) -> Method:
-    """Build a method by name; options it does not have are refused by name."""
-    cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"{name} has no option {', '.join(map(shown, unknown))}; its options: {', '.join(known)}")
-    return cls(**options)
-
-
-def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
-    return sorted(_REGISTRY)

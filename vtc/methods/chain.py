@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar
 
-from torch import Tensor
-
 from vtc.budget import Keep
-from vtc.methods.base import Method, ModelFacts, Newlines, Stage, register_method, surviving
+from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage
 from vtc.methods.divprune import DivPrune
+from vtc.methods.registry import register_method
 from vtc.methods.transprune import TransPrune
-from vtc.tokens import InsideTokens, VisualTokens
+from vtc.places import Layer
+from vtc.tokens import Layout, VisualTokens
 from vtc.values import shown
 
 _HALF, _THEN = DivPrune(keep=0.5), TransPrune()
@@ -62,12 +63,11 @@ class Chain(Method):
 
     def _check_order(self) -> None:
         first, second = self.first, self.second
-        if not first.enters:
-            swap = (
-                f"; the other way round, vtc.Chain({shown(second)}, {shown(first)}), it works" if second.enters else ""
-            )
+        if not first.prunes_at_entry:
+            swap = f"; the other way round, vtc.Chain({shown(second)}, {shown(first)}), it works"
+            swap = swap if second.prunes_at_entry else ""
             raise ValueError(f"first={shown(first)} drops nothing before the language model{swap}")
-        if second.enters:
+        if second.prunes_at_entry:
             raise ValueError(
                 f"second={shown(second)} chooses before the language model, where first={shown(first)} has chosen "
                 "already; what works inside it: vtc.TransPrune(), or vtc.ToDRE(keep=1.0, stage2=True)"
@@ -86,9 +86,9 @@ class Chain(Method):
         return self.first.query_aware or self.second.query_aware
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What ``first`` needs; ``second`` is never asked before the language model."""
-        return self.first.needs
+    def members(self) -> tuple[Method, ...]:
+        """The parts, which have the stages."""
+        return (*self.first.members, *self.second.members)
 
     @property
     def remedy(self) -> str:
@@ -96,57 +96,34 @@ class Chain(Method):
         return self.first.remedy
 
     def settle(self, facts: ModelFacts) -> Method:
-        """Settles both, and notes which stage of the chain is whose in a model of this depth."""
-        settled = replace(self, first=self.first.settle(facts), second=self.second.settle(facts))
-        object.__setattr__(settled, "_depth", facts.depth)
-        return settled
+        """Settles both."""
+        return replace(self, first=self.first.settle(facts), second=self.second.settle(facts))
 
     def check(self, facts: ModelFacts) -> None:
-        """Asks both."""
+        """Asks both; they must not act at the same place."""
         self.first.check(facts)
         self.second.check(facts)
-        super().check(facts)
-
-    def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """What ``first`` keeps."""
-        return self.first.choose(tokens)
-
-    def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
-        """That of ``first``."""
-        return self.first.budget(tokens)
-
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-        """What ``first`` picks."""
-        return self.first.select(tokens, budget)
-
-    def stages(self, depth: int) -> tuple[Stage, ...]:
-        """Those of both, in order."""
-        return tuple(stage for _, _, stage in self._stages(depth))
-
-    def transition(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-        """That of the one which asks for it."""
-        owner = self.second if type(self.second).transition is not Method.transition else self.first
-        return owner.transition(before, after, real, visual)
-
-    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """That of the one whose stage it is."""
-        depth = getattr(self, "_depth", None)
-        if depth is None:
-            raise RuntimeError("a chain must be settled for a model before its stages run: Method.settle(facts)")
-        owner, own, _ = self._stages(depth)[index]
-        return surviving(owner, own, tokens)
-
-    def _stages(self, depth: int) -> list[tuple[Method, int, Stage]]:
-        both = [(owner, i, s) for owner in (self.first, self.second) for i, s in enumerate(owner.stages(depth))]
-        both.sort(key=lambda one: one[2].after)
-        if not any(owner is self.second for owner, _, _ in both):
+        if not any(isinstance(stage.at, Layer) for stage in self.second.stages(facts)):
             raise ValueError(f"second={shown(self.second)} drops nothing inside the language model")
-        for (_, _, a), (_, _, b) in pairwise(both):
-            if a.after == b.after:
+        for a, b in pairwise(self.stages(facts)):
+            if a.at == b.at and isinstance(a.at, Layer):
                 raise ValueError(
-                    f"first and second both drop tokens after layer {a.after} of this model's {depth}; give one of "
-                    "them another layer"
+                    f"first and second both drop tokens after layer {a.at.after} of this model's {facts.depth}; give "
+                    "one of them another layer"
                 )
-        if len({id(owner) for owner, _, s in both if "transition" in s.signals}) > 1:
-            raise ValueError("first and second both score transitions, and only one of them can; use it once")
-        return both
+
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """Those of both, by place; what they do there is theirs."""
+        return tuple(sorted((s for member in self.members for s in member.stages(model)), key=lambda stage: stage.at))
+
+    def counts(
+        self, layouts: Sequence[Layout], stage: Stage | None = None, given: Sequence[int] | None = None
+    ) -> tuple[int, ...] | None:
+        """What ``second`` leaves of what ``first`` left."""
+        if (left := self.first.counts(layouts, None, given)) is None:
+            return None
+        return self.second.counts(layouts, None, left)
+
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Never asked: its members are."""
+        raise NotImplementedError("the stages of a chain are those of its parts; see Method.members")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from vtc import ops
-from vtc.methods.base import Method, register_method
+from vtc.methods.base import Method, Reduction, Stage
+from vtc.methods.registry import register_method
 from vtc.tokens import VisualTokens
 
 
@@ -42,6 +41,7 @@ class DivPrune(Method):
 
     name: ClassVar[str] = "divprune"
 
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 3; nested in the budget."""
-        return ops.farthest_first(tokens.features, max(budget), mask=tokens.mask)
+        assert budget is not None
+        return Reduction(ops.farthest_first(tokens.features, max(budget), mask=tokens.mask))

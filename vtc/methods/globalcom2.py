@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -12,12 +13,16 @@ from torch import Tensor
 from vtc import ops
 from vtc.budget import share, truncated
 from vtc.methods.allocate import Allocator, unsplit, within
-from vtc.methods.base import Method, ModelFacts, first_of, highest, register_method
+from vtc.methods.base import Method, ModelFacts, Reduction, Stage, first_of, highest
+from vtc.methods.registry import register_method
+from vtc.methods.stages import Kept
 from vtc.ops.scores import claimed_shares
-from vtc.tokens import Part, VisualTokens
+from vtc.places import Entry
+from vtc.signals import Cls, ClsLogits, TowerSignal
+from vtc.tokens import Layout, Part, VisualTokens
 from vtc.values import number, shown
 
-_SIGNAL = {"logits": "cls_logits", "probabilities": "cls"}
+_SIGNAL: dict[str | None, TowerSignal] = {"logits": ClsLogits(), "probabilities": Cls()}
 
 
 @register_method
@@ -86,24 +91,30 @@ class GlobalCom2(Allocator):
                 f"newlines={shown(self.newlines)}: globalcom2 never prunes newlines; leave newlines='keep'"
             )
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """The signal behind ``scores``, and what the selector needs."""
-        own = _SIGNAL.get(self.scores or "")
-        return super().needs | (frozenset({own}) if own else frozenset())
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """At the entrance, with the signal behind ``scores``; and those of the selector."""
+        ours = (_SIGNAL[self.scores],) if self.scores in _SIGNAL else ()
+        if self.selector is None:
+            return (Stage(Entry(), needs=ours),)
+        return tuple(
+            replace(stage, needs=(*ours, *(s for s in stage.needs if s not in ours)))
+            if stage.at.before_the_model
+            else stage
+            for stage in self.selector.stages(model)
+        )
 
     @property
     def remedy(self) -> str:
         """The scores that need no signal."""
-        own = _SIGNAL.get(self.scores or "")
-        return 'vtc.GlobalCom2(scores="distance"), as the paper does without CLS' if own else super().remedy
+        without = 'vtc.GlobalCom2(scores="distance"), as the paper does without CLS'
+        return without if self.scores in _SIGNAL else super().remedy
 
     def settle(self, facts: ModelFacts) -> Method:
         """Chooses the scores, if they were left open."""
         settled = super().settle(facts)
         if self.scores is not None:
             return settled
-        return replace(settled, scores="logits" if "cls_logits" in facts.signals else "distance")
+        return replace(settled, scores="logits" if ClsLogits.kind in facts.signals else "distance")
 
     def check(self, facts: ModelFacts) -> None:
         """Refuses a model without a thumbnail."""
@@ -115,30 +126,41 @@ class GlobalCom2(Allocator):
             )
         super().check(facts)
 
-    def choose(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...]]:
+    def counts(
+        self, layouts: Sequence[Layout], stage: Stage | None = None, given: Sequence[int] | None = None
+    ) -> tuple[int, ...] | None:
+        """The thumbnail decides; the selector's inside the language model are its own."""
+        if stage is None or stage.at.before_the_model:
+            everything = super().counts(layouts, stage, given)
+            lengths = given or [layout.length for layout in layouts]
+            return everything if everything == tuple(lengths) else None
+        return super().counts(layouts, stage, given)
+
+    def share_out(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 4. Waits for the device once, if there are crops or frames."""
         keeps = [share(self.keep, n) for n in tokens.lengths]
         if min(keeps, default=1.0) == 1.0:
-            return tokens.mask, tokens.lengths
+            return Reduction.of_mask(tokens.mask, tokens.lengths)
         parts = [layout.parts() for layout in tokens.layouts]
         pieces, place = tokens.split(parts)
         local = self._local(pieces)
         whole = torch.cat([self._whole(tokens, parts, local).flatten(), local.new_zeros(1)])[place]
         budgets = self._budgets(parts, keeps, self._shares(parts, keeps, local, whole))
         if self.selector is not None:
-            return within(self.selector, tokens, parts, budgets)
+            return within(self.selector, stage, tokens, parts, budgets)
         score = torch.where(_rows_of(parts, place.device), _unit(local) + _unit(whole), local).float()
         picks = highest(score.masked_fill(~pieces.mask, -torch.inf), score.shape[1])
-        mask = first_of(picks, tuple(k for own in budgets for k in own), score.shape[1])
-        return unsplit(mask, place, tokens), tuple(sum(own) for own in budgets)
+        each = tuple(k for of_image in budgets for k in of_image)
+        kept = Kept(first_of(picks, each, score.shape[1]), each)
+        return unsplit(kept, place, tokens, tuple(map(sum, budgets)))
 
     def _local(self, pieces: VisualTokens) -> Tensor:
         """Step 1 for each part by itself: float64 [R, M], 0 for padding. Frames always go by distance."""
-        signal = _SIGNAL.get(self.scores or "")
+        signal = _SIGNAL.get(self.scores)
         frames = [bool(layout.of_kind("frame")) for layout in pieces.layouts]
         if signal is None or all(frames):
             return distance(pieces.features, pieces.mask)
-        scores = pieces.signals[signal].double().nan_to_num()
+        scores = pieces.signals[signal.key].double().nan_to_num()
         if any(frames):
             where = torch.tensor(frames).to(scores.device, non_blocking=True)
             scores = torch.where(where[:, None], distance(pieces.features, pieces.mask), scores)

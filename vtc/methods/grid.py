@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from vtc.methods.base import Method, register_method
+from vtc.methods.base import Method, Reduction, Stage
+from vtc.methods.registry import register_method
 from vtc.tokens import VisualTokens, column
 
 
@@ -23,8 +23,11 @@ class Grid(Method):
 
     name: ClassVar[str] = "grid"
 
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Ascending, hence in raster order."""
+        assert budget is not None
         device = tokens.features.device
-        lengths, counts = column(tokens.lengths, device), column(budget, device)
-        return (2 * torch.arange(max(budget), device=device) + 1) * lengths // (2 * counts)  # read up to budget[g]
+        there, counts = column(tokens.counts, device), column(budget, device)
+        ranks = (2 * torch.arange(max(budget), device=device) + 1) * there // (2 * counts.clamp(min=1))
+        raster = (~tokens.mask).to(torch.int8).argsort(dim=1, stable=True)  # tokens that are there come first
+        return Reduction(raster.gather(1, ranks.clamp(max=raster.shape[1] - 1)), ordered=False)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, ModelFacts, register_method
+from vtc.methods.base import Method, ModelFacts, Reduction, Stage
 from vtc.methods.importance import ClsAttention, FeatureNorm, Importance
+from vtc.methods.registry import register_method
+from vtc.places import Entry
+from vtc.signals import Cls
 from vtc.tokens import VisualTokens
 from vtc.values import share, shown
 
@@ -61,10 +64,9 @@ class IDPruner(Method):
             raise TypeError(f"importance={shown(self.importance)} is no vtc.Importance, such as vtc.ClsAttention()")
         object.__setattr__(self, "balance", share("balance", self.balance, "it must lie in [0, 1]"))
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the importance needs; nothing while that is open."""
-        return frozenset() if self.importance is None else self.importance.needs
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """At the entrance, with what the importance needs; nothing while that is open."""
+        return (Stage(Entry(), needs=() if self.importance is None else self.importance.needs),)
 
     @property
     def remedy(self) -> str:
@@ -75,7 +77,7 @@ class IDPruner(Method):
         """Chooses the importance, if that was left open."""
         if self.importance is not None:
             return self
-        return replace(self, importance=ClsAttention() if "cls" in facts.signals else FeatureNorm())
+        return replace(self, importance=ClsAttention() if Cls.kind in facts.signals else FeatureNorm())
 
     def check(self, facts: ModelFacts) -> None:
         """Asks the importance."""
@@ -83,10 +85,12 @@ class IDPruner(Method):
         if self.importance is not None:
             self.importance.check(facts)
 
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 3; nested in the budget."""
+        assert budget is not None
         scores = scaled((self.importance or FeatureNorm()).score(tokens), tokens.mask)
-        return ops.max_marginal_relevance(tokens.features, scores, max(budget), self.balance, mask=tokens.mask)
+        picks = ops.max_marginal_relevance(tokens.features, scores, max(budget), self.balance, mask=tokens.mask)
+        return Reduction(picks)
 
 
 def scaled(scores: Tensor, mask: Tensor) -> Tensor:

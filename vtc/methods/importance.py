@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import ModelFacts
+from vtc.signals import Cls, Signal
 from vtc.tokens import VisualTokens
 from vtc.values import shown
 
@@ -29,9 +30,9 @@ class Importance(ABC):
     name: ClassVar[str]
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Names of ``VisualTokens.signals`` without which :meth:`score` cannot run."""
-        return frozenset()
+    def needs(self) -> tuple[Signal, ...]:
+        """Signals without which :meth:`score` cannot run."""
+        return ()
 
     def check(self, facts: ModelFacts) -> None:
         """Refuse a model, with a ValueError that says what would work, before anything is touched."""
@@ -65,9 +66,9 @@ class ClsAttention(Importance):
     name: ClassVar[str] = "cls_attention"
 
     @property
-    def needs(self) -> frozenset[str]:
-        """``cls``."""
-        return frozenset({"cls"})
+    def needs(self) -> tuple[Signal, ...]:
+        """The signal of that name."""
+        return (Cls(),)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """The signal itself."""
@@ -84,36 +85,6 @@ class FeatureNorm(Importance):
     def score(self, tokens: VisualTokens) -> Tensor:
         """Euclidean length, summed in float64 so that a batch does not change it."""
         return torch.linalg.vector_norm(tokens.features.double(), dim=-1).float().nan_to_num(posinf=0.0)
-
-
-@register_importance
-@dataclass(frozen=True)
-class TextRelevance(Importance):
-    """Cosine between a patch and the question in a space of images and texts (signal ``text_relevance``).
-
-    No supported family has the text tower it takes: they keep the image half of CLIP or SigLIP only. An adapter that
-    offers the signal, and says so (``has_text_tower``), makes it usable.
-    """
-
-    name: ClassVar[str] = "text_relevance"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """``text_relevance``."""
-        return frozenset({"text_relevance"})
-
-    def check(self, facts: ModelFacts) -> None:
-        """Refuses a model without a text tower."""
-        if not facts.has_text_tower:
-            raise ValueError(
-                f"TextRelevance() needs a text tower beside the vision tower, which {facts.model_type!r} models do "
-                "not have. What would work: vtc.ClsAttention() with a CLIP tower, vtc.SelectorWeights(path) with "
-                "trained weights, or vtc.FeatureNorm()"
-            )
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        """The signal itself."""
-        return tokens.signals["text_relevance"].nan_to_num()
 
 
 @register_importance

@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.methods.base import Method, image_seed, register_method
+from vtc.methods.base import Scorer, Stage, image_seed
+from vtc.methods.registry import register_method
 from vtc.tokens import VisualTokens
 from vtc.values import whole
 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class Random(Method):
+class Random(Scorer):
     """Keep a uniform random subset of each image's tokens.
 
     The order drawn depends on the seed, the image's ordinal in its sample and its number of tokens, and on nothing
@@ -34,10 +35,10 @@ class Random(Method):
         super().__post_init__()
         object.__setattr__(self, "seed", whole("seed", self.seed, "it may be any int"))
 
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-        """The first of a random permutation; nested in the budget."""
-        picks = torch.zeros(len(budget), max(budget), dtype=torch.long)
-        for g, (k, n, ordinal) in enumerate(zip(budget, tokens.lengths, tokens.ordinals, strict=True)):
+    def score(self, stage: Stage, tokens: VisualTokens) -> Tensor:
+        """Places in a random permutation, the first the highest."""
+        scores = torch.zeros(tokens.features.shape[:2])
+        for row, n, ordinal in zip(scores, tokens.lengths, tokens.ordinals, strict=True):
             generator = torch.Generator().manual_seed(image_seed(self.seed, ordinal, n))
-            picks[g, :k] = torch.randperm(n, generator=generator)[:k]
-        return picks.to(tokens.features.device, non_blocking=True)
+            row[torch.randperm(n, generator=generator)] = -torch.arange(n, dtype=torch.float32)
+        return scores.to(tokens.features.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a method returned, looked at before anything is dropped by it.
+"""What a method said, looked at before anything is dropped by it.
 
 A wrong index would not raise anywhere: columns of the prompt would be counted as gone that are still there, and every
 position behind them would be off. Types, shapes and numbers on the host are always looked at; values on a CPU always,
@@ -9,128 +9,144 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.tokens import column
+from vtc.methods.base import Reduction, Stage
+from vtc.places import Layer, Place
+from vtc.signals import DecoderSignal
+from vtc.tokens import Layout, VisualTokens, column
+from vtc.values import shown
 
 _OURS = ("vtc", "vtc_vllm")
 
 
-def check_budget(method: object, budget: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """What ``budget`` returned, as host integers: for each image at least 1 and at most all of its tokens."""
-    counts = _host(f"{_name(method)}.budget", "budgets", budget, len(lengths))
-    for row, (k, n) in enumerate(zip(counts, lengths, strict=True)):
-        if not min(1, n) <= k <= n:
-            raise ValueError(f"{_name(method)}.budget: row {row} has {k}, not 1 to {n}, the tokens of that image")
-    return counts
+def check_counts(
+    method: object, counts: Any, limits: tuple[int, ...], layouts: Sequence[Layout]
+) -> tuple[int, ...] | None:
+    """What ``counts`` returned, as host integers: for each image at least 1, and at most what there is of it."""
+    if counts is None:
+        return None
+    who = f"{_name(method)}.counts"
+    found = _host(who, "counts", counts, len(layouts))
+    for row, (k, n) in enumerate(zip(found, limits, strict=True)):
+        if not min(1, n) <= k:
+            raise ValueError(f"{who}: row {row} has {k}, not 1 to {n}, the tokens of that image")
+    return tuple(map(min, found, limits))
 
 
-def check_picks(method: object, picks: Any, budget: tuple[int, ...], lengths: tuple[int, ...], like: Tensor) -> None:
-    """What ``select`` returned: ``budget[g]`` different indices of [0, ``lengths[g]``) at the head of row g.
-
-    Args:
-        method: whose.
-        picks: the result.
-        budget: of each image.
-        lengths: its tokens.
-        like: a tensor on the device where the picks have to be.
-    """
-    who = f"{_name(method)}.select"
-    wanted = f"a LongTensor ({len(budget)}, {max(budget)}) of token indices"
-    if not isinstance(picks, Tensor):
-        raise ValueError(f"{who} returned {_kind(picks)}, not {wanted}")
-    if picks.dtype != torch.long:
-        hint = "; of a mask, the indices are mask.nonzero()" if picks.dtype == torch.bool else ""
-        raise ValueError(f"{who} returned picks of {picks.dtype}, not {wanted}{hint}")
-    if picks.ndim != 2 or picks.shape[0] != len(budget) or picks.shape[1] < max(budget):
-        raise ValueError(
-            f"{who} returned picks of shape {tuple(picks.shape)}, not ({len(budget)}, {max(budget)}): a row for each "
-            "image"
-        )
-    _same_device(who, picks, like)
-    if not _looks(method, picks.device):
-        return
-    picks = picks[:, : max(budget)]
-    ks, ns = column(budget, picks.device), column(lengths, picks.device)
-    read = torch.arange(picks.shape[1], device=picks.device) < ks
-    outside = read & ((picks < 0) | (picks >= ns))
-    seen = picks.new_zeros(len(budget), max(lengths) + 1, dtype=torch.bool)  # the last column takes what is not read
-    seen = seen.scatter(1, picks.masked_fill(~read | outside, max(lengths)), True)[:, :-1]
-
-    def wrong(row: int) -> str:
-        own, n = picks[row, : budget[row]].tolist(), lengths[row]
-        odd = next((p for p in own if not 0 <= p < n), None)
-        what = f"picks {odd}" if odd is not None else f"picks {next(p for p in own if own.count(p) > 1)} twice"
-        return f"row {row} {what}; its image has tokens 0 to {n - 1}, and {budget[row]} different ones were asked for"
-
-    _require(seen.sum(1) == ks[:, 0], who, "indices must be different tokens of their image", wrong)
-
-
-def check_kept(
-    method: object, call: str, result: Any, allowed: Tensor, limits: tuple[int, ...]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """What ``keep_inside``, ``choose`` or ``keep_mask`` returned: a mask and the counts of its rows, as they are used.
+def check_reduction(method: object, found: Any, budget: tuple[int, ...] | None, tokens: VisualTokens) -> Reduction:
+    """What ``reduce`` returned: different places of tokens that are there, and values that fit.
 
     Args:
         method: whose.
-        call: which of them.
-        result: the result.
-        allowed: bool [G, N], the tokens that there are.
-        limits: how many those are (host integers).
+        found: the result.
+        budget: what was asked for, ``None`` where the method says how many.
+        tokens: what it was given.
+
+    Returns:
+        The same with its counts written down.
     """
-    who = f"{_name(method)}.{call}"
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ValueError(f"{who} returned {_kind(result)}, not (bool {tuple(allowed.shape)}, counts)")
-    mask, counts = result
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != allowed.shape:
-        found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else _kind(mask)
-        raise ValueError(f"{who} returned {found}, not a bool mask of shape {tuple(allowed.shape)}")
-    _same_device(who, mask, allowed)
-    counts = _host(who, "counts", counts, len(limits))
-    for row, (k, n) in enumerate(zip(counts, limits, strict=True)):
+    who = f"{_name(method)}.reduce"
+    if not isinstance(found, Reduction):
+        hint = "; write Reduction(index)" if isinstance(found, Tensor) else ""
+        raise ValueError(f"{who} returned {_kind(found)}, not a Reduction{hint}")
+    if found.counts is None and budget is None:
+        raise ValueError(f"{who} was given no budget and returned no counts; write Reduction(index, counts=...)")
+    if found.counts is not None and budget is not None and tuple(found.counts) != budget:
+        raise ValueError(f"{who} returned counts {shown(found.counts)} where the budget is {budget}")
+    counts = budget if found.counts is None else _host(who, "counts", found.counts, len(tokens.layouts))
+    assert counts is not None
+    for row, (k, n) in enumerate(zip(counts, tokens.counts, strict=True)):
         if not 0 <= k <= n:
             raise ValueError(f"{who}: row {row} counts {k} of the {n} tokens that are there")
-    if not _looks(method, mask.device):
-        return mask, counts
+    _check_index(method, who, found.index, counts, tokens)
+    wanted = (*found.index.shape, tokens.features.shape[-1])
+    for what, tensor, shape in (("features", found.features, wanted), ("size", found.size, wanted[:2])):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != shape:
+            given = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else _kind(tensor)
+            raise ValueError(f"{who} returned {what} as {given}, not floats of shape {shape}")
+        _same_device(who, tensor, tokens.features)
+    return replace(found, counts=counts)
+
+
+def _check_index(method: object, who: str, picks: Any, counts: tuple[int, ...], tokens: VisualTokens) -> None:
+    longest = max([0, *counts])
+    wanted = f"a LongTensor ({len(counts)}, {longest}) of token indices"
+    if not isinstance(picks, Tensor):
+        raise ValueError(f"{who} returned an index of {_kind(picks)}, not {wanted}")
+    if picks.dtype != torch.long:
+        hint = "; of a mask, write Reduction.of_mask(mask, counts)" if picks.dtype == torch.bool else ""
+        raise ValueError(f"{who} returned an index of {picks.dtype}, not {wanted}{hint}")
+    if picks.ndim != 2 or picks.shape[0] != len(counts) or picks.shape[1] < longest:
+        raise ValueError(
+            f"{who} returned an index of shape {tuple(picks.shape)}, not ({len(counts)}, {longest}): a row for each "
+            "image"
+        )
+    _same_device(who, picks, tokens.features)
+    if not _looks(method, picks.device):
+        return
+    picks, alive = picks[:, :longest], tokens.mask
+    n = alive.shape[1]
+    ks = column(counts, picks.device)
+    read = torch.arange(longest, device=picks.device) < ks
+    there = torch.cat([alive, alive.new_zeros(len(alive), 1)], 1).gather(1, picks.clamp(0, n))
+    outside = read & ((picks < 0) | ~there)
+    taken = picks.new_zeros(len(counts), n + 1, dtype=torch.bool)  # the last column takes what is not read
+    taken = taken.scatter(1, picks.masked_fill(~read | outside, n), True)[:, :-1]
 
     def wrong(row: int) -> str:
-        if dead := int((mask & ~allowed)[row].sum()):
-            return f"row {row} keeps {dead} tokens that are not there"
-        return f"row {row} keeps {int(mask[row].sum())}, counts {counts[row]}"
+        own, left = picks[row, : counts[row]].tolist(), set(alive[row].nonzero()[:, 0].tolist())
+        odd = next((p for p in own if p not in left), None)
+        what = f"keeps {odd}" if odd is not None else f"keeps {next(p for p in own if own.count(p) > 1)} twice"
+        whole = left == set(range(len(left)))
+        where = f"tokens 0 to {len(left) - 1}" if whole else f"{len(left)} tokens left"
+        return f"row {row} {what}; its image has {where}, and {counts[row]} different ones were asked for"
 
-    right = (mask.sum(1) == column(counts, mask.device)[:, 0]) & ~(mask & ~allowed).any(1)
-    _require(right, who, "a mask must be a subset of what is there, and the counts be its own", wrong)
-    return mask, counts
+    _require(taken.sum(1) == ks[:, 0], who, "indices must be different tokens that are there", wrong)
 
 
-def check_scores(method: object, scores: Any, real: Tensor) -> Tensor:
-    """What ``transition`` returned: a number for each column of ``real``, bool [B, L]."""
+def check_scores(signal: object, scores: Any, real: Tensor) -> Tensor:
+    """What a signal's ``score`` returned: a number for each column of ``real``, bool [B, L]."""
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != real.shape:
         found = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else _kind(scores)
-        raise ValueError(f"{_name(method)}.transition returned {found}, not floats of shape {tuple(real.shape)}")
+        raise ValueError(f"{_name(signal)}.score returned {found}, not floats of shape {tuple(real.shape)}")
     return scores
 
 
-def check_stages(method: object, stages: Any, depth: int) -> None:
-    """What ``stages`` returned: places inside a model of ``depth`` layers, by rising layer."""
+def check_stages(method: object, stages: Any, depth: int) -> tuple[Stage, ...]:
+    """What ``stages`` returned: places of a model with ``depth`` layers, each behind the one before."""
     who = f"{_name(method)}.stages"
-    if not isinstance(stages, (tuple, list)):
+    if not isinstance(stages, (tuple, list)) or not all(isinstance(stage, Stage) for stage in stages):
         raise ValueError(f"{who} returned {_kind(stages)}, not a tuple of stages")
-    at = 0
     for number, stage in enumerate(stages):
-        if not at < stage.after < depth:
+        at = stage.at
+        if isinstance(at, Layer) and not 0 < at.after < depth:
             raise ValueError(
-                f"{who}: stage {number} comes after layer {stage.after}; stages must rise, and lie in [1, {depth - 1}] "
-                f"of this model's {depth} layers"
+                f"{who}: stage {number} comes after layer {at.after}; stages must lie in [1, {depth - 1}] of this "
+                f"model's {depth} layers"
             )
-        at = stage.after
-        if stage.attention is not None and not 0 <= stage.attention <= at:
-            raise ValueError(f"{who}: stage {number} reads the attention of layer {stage.attention}, not of 0 to {at}")
-        if odd := [layer for layer in stage.transitions if not 0 <= layer < at]:
-            raise ValueError(f"{who}: stage {number} reads transitions of layer {odd[0]}, not of 0 to {at - 1}")
+        if number and not stages[number - 1].at < at:
+            raise ValueError(f"{who}: stage {number} is at {at}, not behind {stages[number - 1].at}; stages must rise")
+        for signal in stage.needs:
+            if isinstance(signal, DecoderSignal):
+                _check_layers(f"{who}: stage {number}", signal, at)
+    return tuple(replace(stage, number=number) for number, stage in enumerate(stages))
+
+
+def _check_layers(who: str, signal: DecoderSignal, at: Place) -> None:
+    if not isinstance(at, Layer):
+        raise ValueError(f"{who} is at {at} and needs {signal}: the language model has not run there")
+    last = max(signal.watched(), default=None)
+    if last is not None and last >= at.after:
+        raise ValueError(f"{who} reads modules of layer {last}, not of 0 to {at.after - 1}")
+    if not 0 <= signal.layer <= at.after:
+        raise ValueError(f"{who} reads layer {signal.layer}, not one of 0 to {at.after}")
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Stage, image_seed, register_method
-from vtc.tokens import InsideTokens, VisualTokens
+from vtc.methods.base import Method, ModelFacts, Reduction, Stage, image_seed
+from vtc.methods.registry import register_method
+from vtc.places import Entry, Layer
+from vtc.signals import Cls, Share
+from vtc.tokens import Layout, VisualTokens
 from vtc.values import flag, share, shown, whole
 
 
@@ -92,25 +96,16 @@ class ToDRE(Method):
         return self.stage2
 
     @property
-    def needs(self) -> frozenset[str]:
-        """``cls`` with the pivot of that name, else nothing."""
-        return frozenset({"cls"}) if self.pivot == "cls" else frozenset()
-
-    @property
     def remedy(self) -> str:
         """The pivot that needs no signal."""
         return 'vtc.ToDRE(pivot="random"), as the paper does for towers without a CLS token'
 
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-        """Steps 1 and 2; nested in the budget."""
-        start = self._cls_pivot(tokens) if self.pivot == "cls" else self._random_pivot(tokens)
-        pick = ops.max_sum if self.variant == "max_sum" else ops.farthest_first
-        return pick(tokens.features, max(budget), start, mask=tokens.mask)
-
-    def stages(self, depth: int) -> tuple[Stage, ...]:
-        """Stage 2, judged by the attention of the last layer before it."""
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """Stage 1 at the entrance; stage 2 is judged by the attention of the last layer before it."""
+        first = Stage(Entry(), needs=(Cls(),) if self.pivot == "cls" else ())
         if not self.stage2:
-            return ()
+            return (first,)
+        depth = model.depth
         after = 7 * depth // 8 if self.layer is None else self.layer
         if not 1 <= after < depth:
             what = f"7/8 of {depth} layers is layer {after}" if self.layer is None else f"layer={shown(self.layer)}"
@@ -118,17 +113,34 @@ class ToDRE(Method):
                 f"{what}: stage 2 of todre needs a layer in [1, {depth - 1}] of this model's {depth}; "
                 "leave stage2 out to do without"
             )
-        return (Stage(after, frozenset({"text_to_visual", "visual_to_text"}), attention=after - 1, removes_all=True),)
+        shares = (Share(after - 1, of="text"), Share(after - 1, of="visual"))
+        return (first, Stage(Layer(after), needs=shares, all_or_nothing=True))
 
-    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Step 4. Waits for the device: how many tokens are left is the decision itself."""
+    def counts(
+        self, layouts: Sequence[Layout], stage: Stage | None = None, given: Sequence[int] | None = None
+    ) -> tuple[int, ...] | None:
+        """Of stage 1; stage 2 looks at attention."""
+        if isinstance(stage.at, Layer) if stage else self.stage2:
+            return None
+        return super().counts(layouts, stage, given)
+
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Stage 1: steps 1 and 2, nested in the budget. Stage 2: step 4."""
+        if budget is None:
+            return self._all_or_nothing(tokens)
+        start = self._cls_pivot(tokens) if self.pivot == "cls" else self._random_pivot(tokens)
+        pick = ops.max_sum if self.variant == "max_sum" else ops.farthest_first
+        return Reduction(pick(tokens.features, max(budget), start, mask=tokens.mask))
+
+    def _all_or_nothing(self, tokens: VisualTokens) -> Reduction:
+        """Waits for the device: how many tokens are left is the decision itself."""
         shares = tokens.signals["text_to_visual"], tokens.signals["visual_to_text"]
-        stays = ~((shares[0] < self.tau) & (shares[1] < self.tau))  # no share is a number: no reason to drop
-        counts = tuple(n if s else 0 for n, s in zip(tokens.counts, stays.tolist(), strict=True))
-        return tokens.alive & stays[:, None], counts
+        leaves = (shares[0] < self.tau) & (shares[1] < self.tau)  # never where a share is NaN: nothing to judge by
+        counts = tuple(0 if left else n for n, left in zip(tokens.counts, leaves.tolist(), strict=True))
+        return Reduction.of_mask(tokens.mask & ~leaves[:, None], counts)
 
     def _cls_pivot(self, tokens: VisualTokens) -> Tensor:
-        allowed = tokens.where("image", "thumbnail", "crops", "frame")
+        allowed = tokens.mask & tokens.where("image", "thumbnail", "crops", "frame")
         if any(layout.of_kind("thumbnail") for layout in tokens.layouts):
             has = torch.tensor([[bool(layout.of_kind("thumbnail"))] for layout in tokens.layouts])
             allowed &= tokens.where("thumbnail") | ~has.to(allowed.device, non_blocking=True)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from vtc import ops, values
+from vtc import values
 from vtc.budget import Keep, share, truncated
-from vtc.methods.base import Method, Stage, first_of, highest, register_method
-from vtc.tokens import InsideTokens, VisualTokens
+from vtc.methods.base import ModelFacts, Scorer, Stage
+from vtc.methods.registry import register_method
+from vtc.places import Layer
+from vtc.signals import Rows, Transitions
+from vtc.tokens import VisualTokens
 from vtc.values import shown, whole
 
 LAYERS = (7, 9, 12)
@@ -23,7 +25,7 @@ RATIOS = (0.875, 0.625, 0.125)
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class TransPrune(Method):
+class TransPrune(Scorer):
     """Drop tokens inside the language model, in three steps: those that the layers hardly change and no word looks at.
 
     1. Everything enters. After layers 7, 9 and 12 of 32, 87.5, 62.5 and 12.5 % of the visual tokens go on.
@@ -110,21 +112,9 @@ class TransPrune(Method):
                 f"since={shown(self.since)} must lie in [1, layers[0]], and layers={shown(layers)} be given"
             )
 
-    @property
-    def enters(self) -> bool:
-        """Nothing leaves before the language model."""
-        return False
-
-    def budget(self, tokens: VisualTokens) -> tuple[int, ...]:
-        """All of them."""
-        return tokens.lengths
-
-    def select(self, tokens: VisualTokens, budget: tuple[int, ...]) -> Tensor:
-        """Never asked."""
-        raise NotImplementedError("transprune chooses inside the language model, not before it")
-
-    def stages(self, depth: int) -> tuple[Stage, ...]:
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """After layers 7, 9 and 12 of 32, or what the options say."""
+        depth = model.depth
         layers = scaled_layers(depth) if self.layers is None else self.layers
         if layers[-1] >= depth:
             raise ValueError(
@@ -132,42 +122,25 @@ class TransPrune(Method):
                 f"save; stages must come after layers 1 to {depth - 1}"
             )
         since = layers[0] if self.since is None else self.since
-        wanted = frozenset({"instruction", "transition"})
-        return tuple(Stage(p, wanted, transitions=tuple(range(since - 1, p))) for p in layers)
-
-    def transition(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-        """Step 2 for one module; the softmax runs over the tokens of each sample."""
         paper = self.variant == "paper"
-        return ops.transition_variation(before, after, mask=real & visual if paper else real, absolute=paper)
-
-    def keep_inside(self, index: int, tokens: InsideTokens) -> tuple[Tensor, tuple[int, ...]]:
-        """Steps 3 and 4."""
-        budget = tuple(
-            min(n, self._count(index, given, len(layout.newlines())))
-            for n, given, layout in zip(tokens.counts, tokens.given, tokens.layouts, strict=True)
+        return tuple(
+            Stage(Layer(after), needs=(Transitions(since - 1, until=after, absolute=paper), Rows(after, of="text")))
+            for after in layers
         )
-        if budget == tokens.counts:
-            return tokens.alive, budget
-        score = self._score(tokens)
-        if self.newlines == "keep":
-            score = score.masked_fill(_newlines(tokens), torch.inf)
-        score = score.masked_fill(~tokens.alive, -torch.inf)
-        return first_of(highest(score, max(budget)), budget, score.shape[1]), budget
 
-    def _count(self, index: int, given: int, newlines: int) -> int:
-        spared = newlines if self.newlines == "keep" else 0
-        others = given - spared
-        return spared + max(min(1, others), truncated(self._ratio(index, others), others))
+    def quota(self, n: int, stage: Stage) -> int:
+        """The share of a stage, cut to an integer, at least 1."""
+        return max(min(1, n), truncated(self._ratio(stage.number, n), n))
 
     def _ratio(self, index: int, given: int) -> float:
         """The published ratio of a stage, bent so that the last one is ``keep``."""
         return 1.0 - (1.0 - self.ratios[index]) * (1.0 - share(self.keep, given)) / (1.0 - self.ratios[-1])
 
-    def _score(self, tokens: InsideTokens) -> Tensor:
-        """Float32 [G, N]; summed in float64, so that padding does not change it."""
+    def score(self, stage: Stage, tokens: VisualTokens) -> Tensor:
+        """Steps 2 to 4; summed in float64, so that padding does not change it."""
         parts = []
         for name in ("transition", "instruction"):
-            signal = tokens.signals[name].double().nan_to_num().masked_fill(~tokens.alive, 0.0)
+            signal = tokens.signals[name].double().nan_to_num().masked_fill(~tokens.mask, 0.0)
             parts.append(signal / (signal.sum(-1, keepdim=True) + 1e-8))
         return (self.alpha * parts[0] + (1.0 - self.alpha) * parts[1]).float()
 
@@ -195,10 +168,3 @@ def _entries(name: str, given: Any, each: Callable[..., Any], what: str) -> tupl
         raise TypeError(f"{name}={shown(given)} must be a tuple of {what}, one for each stage")
     entries = tuple(given)
     return tuple(each(name, entry, f"{name}={shown(entries)} must be {what}, one for each stage") for entry in entries)
-
-
-def _newlines(tokens: InsideTokens) -> Tensor:
-    mask = torch.zeros(tokens.alive.shape, dtype=torch.bool)
-    for row, layout in zip(mask, tokens.layouts, strict=True):
-        row[layout.newlines()] = True
-    return mask.to(tokens.alive.device, non_blocking=True)

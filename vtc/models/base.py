@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from vtc.dialect import attention, modules
 from vtc.dialect.modules import Spellings
+from vtc.dialect.towers import Tower
 from vtc.errors import UnsupportedModelError
 from vtc.methods.base import ModelFacts
+from vtc.signals import TOWER_SIGNALS, Signal, TowerSignal
 from vtc.tokens import Layout
 
 MODALITIES = ("image", "video")
-CLS_SIGNALS = ("cls", "cls_logits")
-"""Attention of the vision tower's CLS token to the patches, averaged over heads, after and before the softmax."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,10 @@ class Adapter:
     families: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """``model_type`` → modalities that are tested."""
     notes: ClassVar[str] = ""
-    signals: ClassVar[tuple[str, ...]] = ()
-    """Signals this family can offer; :meth:`offers` says which of them a given model does."""
+    has_cls: ClassVar[bool] = False
+    """Its vision tower has a CLS token as a rule, and :meth:`tower` finds it."""
     has_thumbnail: ClassVar[bool] = False
     """A large image is a thumbnail and crops, and :meth:`layouts` says where in the image each crop is."""
-    has_text_tower: ClassVar[bool] = False
-    """The family embeds texts and images in one space, and offers the signal ``text_relevance``."""
 
     def placeholders(self, config: Any) -> dict[str, int]:
         """The token id, by modality, that features are written into."""
@@ -148,11 +146,9 @@ class Adapter:
     merge: Callable[[Sequence[Layout]], Layout] | None = None
     """A method, where encoder entries that stand together in the prompt are tiles of one image: their joint layout."""
 
-    def offers(self, parts: Parts) -> frozenset[str]:
-        """Signals that this very model can give, e.g. ``cls`` only where the vision tower has a CLS token."""
-        return frozenset(
-            name for name in self.signals if name not in CLS_SIGNALS or self.cls_attention(parts.base, "image")
-        )
+    def gives(self, parts: Parts, signal: Signal) -> bool:
+        """Whether this very model can give a signal, e.g. ``cls`` only where the vision tower has a CLS token."""
+        return not isinstance(signal, TowerSignal) or signal.of(self.tower(parts.base, "image")) is not None
 
     def facts(self, parts: Parts) -> ModelFacts:
         """What a method may know of the model when it decides whether it can work."""
@@ -160,20 +156,30 @@ class Adapter:
             model_type=parts.config.model_type,
             width=parts.decoder.config.hidden_size,
             depth=len(parts.layers),
-            signals=self.offers(parts),
+            signals=frozenset(signal.kind for signal in TOWER_SIGNALS if self.gives(parts, signal())),
             has_thumbnail=self.has_thumbnail,
-            has_text_tower=self.has_text_tower,
         )
 
-    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
-        """The vision tower's self-attention module whose CLS row scores the patches, or ``None``."""
+    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+        """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""
         return None
 
-    def cls_scores(
-        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    def per_token(
+        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
-        """CLS rows of the tower, float [pictures, patches], to one float tensor [n] per image."""
-        return [row for row, _ in zip(rows, layouts, strict=True)]
+        """Values of the tower's patches, sent the way that the features go.
+
+        Args:
+            base: the base model.
+            modality: ``image`` or ``video``.
+            values: [pictures, patches] or [pictures, patches, c].
+            layouts: of the images, from :meth:`layouts`.
+            arguments: what the encoder was called with.
+
+        Returns:
+            For each image [n] or [n, c]; 0 for newlines and other tokens without a patch.
+        """
+        return [row for row, _ in zip(values, layouts, strict=True)]
 
 
 _REGISTRY: dict[str, Adapter] = {}
@@ -208,7 +214,7 @@ def register_model(adapter: type[Adapter]) -> type[Adapter]:
 def list_models() -> list[ModelFamily]:
     """The families that are tested, by ``model_type``. Others that look alike are accepted too."""
     return [
-        ModelFamily(name, adapter.families[name], adapter.signals, adapter.notes)
+        ModelFamily(name, adapter.families[name], ("cls", "cls_logits") if adapter.has_cls else (), adapter.notes)
         for name, adapter in sorted(_REGISTRY.items())
     ]
 

@@ -1,4 +1,4 @@
-"""Vision towers with a CLS token, as CLIP and InternViT build them."""
+"""Where the CLS token of a vision tower is among the visual tokens."""
 
 from __future__ import annotations
 
@@ -7,25 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.dialect.compilers import uncompiled
 from vtc.tokens import Layout
-
-
-def cls_attention(tower: nn.Module | None) -> nn.Module | None:
-    """The self-attention of the last layer of a tower that has a CLS token, else ``None``.
-
-    ToDRE and GlobalCom² read the last layer, although LLaVA takes its features from the one before.
-    """
-    tower = getattr(tower, "vision_model", tower)
-    embeddings, encoder = getattr(tower, "embeddings", None), getattr(tower, "encoder", None)
-    if getattr(embeddings, "class_embedding", None) is None and getattr(embeddings, "cls_token", None) is None:
-        return None
-    layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
-    if not layers:
-        return None
-    last = uncompiled(layers[-1])
-    attention = uncompiled(getattr(last, "self_attn", getattr(last, "attention", None)))
-    return attention if hasattr(attention, "q_proj") and hasattr(attention, "k_proj") else None
 
 
 def keeps_cls(base: nn.Module, arguments: Mapping[str, Any]) -> bool:
@@ -34,7 +16,17 @@ def keeps_cls(base: nn.Module, arguments: Mapping[str, Any]) -> bool:
     return (strategy or getattr(base.config, "vision_feature_select_strategy", "default")) == "full"
 
 
-def one_to_one(rows: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
-    """Each picture's patches are its tokens; where CLS is a token too it comes first and scores 0."""
-    extra = layouts[0].length - rows.shape[1] if layouts else 0
-    return list(nn.functional.pad(rows, (extra, 0)))
+def one_to_one(values: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+    """Each picture's patches are its tokens; where CLS is a token too it comes first and gets 0.
+
+    Args:
+        values: [pictures, patches] or [pictures, patches, c].
+        layouts: of the pictures.
+    """
+    extra = layouts[0].length - values.shape[1] if layouts else 0
+    return list(in_front(values, extra))
+
+
+def in_front(values: Tensor, extra: int) -> Tensor:
+    """Zeros for ``extra`` tokens in front of the patches [pictures, patches, ...]."""
+    return nn.functional.pad(values, (*(0, 0) * (values.dim() - 2), extra, 0)) if extra else values

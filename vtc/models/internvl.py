@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from vtc.dialect.towers import Tower
 from vtc.models import clip
 from vtc.models.base import Adapter, register_model, square
 from vtc.tokens import Layout, Segment
@@ -18,7 +18,7 @@ class InternVL(Adapter):
     """Square tiles, pixel-shuffled."""
 
     families = {"internvl": ("image",)}
-    signals = ("cls", "cls_logits")
+    has_cls = True
     notes = "tiles of a split image make one image; cls is averaged over the 2x2 patches behind a token"
 
     def merge(self, tiles: Sequence[Layout]) -> Layout:
@@ -31,15 +31,17 @@ class InternVL(Adapter):
             segments.append(Segment(kind, sum(t.length for t in tiles[:index]), tile.length, square(tile.length)))
         return Layout(sum(t.length for t in tiles), tuple(segments))
 
-    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
-        return clip.cls_attention(base.vision_tower)
+    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+        return Tower.of(base.vision_tower)
 
-    def cls_scores(
-        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    def per_token(
+        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
-        side = square(rows.shape[1])
+        side = square(values.shape[1])
         if side is None or clip.keeps_cls(base, arguments):
-            raise ValueError(f"{rows.shape[1]} patches per tile are no square grid to shuffle")
-        # the model's own shuffle gathers the patches behind a token into channels
-        shuffled = base.pixel_shuffle(rows.reshape(-1, *side, 1), scale_factor=base.config.downsample_ratio)
-        return list(torch.flatten(shuffled.mean(-1), 1))
+            raise ValueError(f"{values.shape[1]} patches per tile are no square grid to shuffle")
+        # the model's own shuffle gathers the patches behind a token into channels; every channel of ours goes alone
+        channels = (values if values.dim() > 2 else values[..., None]).movedim(-1, 1)
+        shuffled = base.pixel_shuffle(channels.reshape(-1, *side, 1), scale_factor=base.config.downsample_ratio)
+        tokens = shuffled.mean(-1).flatten(1).unflatten(0, (len(values), -1)).movedim(1, -1)
+        return list(tokens if values.dim() > 2 else tokens[..., 0])

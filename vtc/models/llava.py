@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.dialect.towers import Tower
 from vtc.models import clip
 from vtc.models.base import Adapter, register_model, square
 from vtc.tokens import Layout, Segment
@@ -19,7 +20,7 @@ class Llava(Adapter):
     """One picture, one grid. With a Pixtral tower the grid follows the picture's own shape."""
 
     families = {"llava": ("image",), "vipllava": ("image",)}
-    signals = ("cls", "cls_logits")
+    has_cls = True
     notes = "cls with a CLIP tower only"
 
     def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
@@ -30,19 +31,19 @@ class Llava(Adapter):
                 return [Layout.plain(n, grid) for n, grid in zip(lengths, grids, strict=True)]
         return [Layout.plain(n, square(n)) for n in lengths]
 
-    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
-        return clip.cls_attention(base.vision_tower)
+    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+        return Tower.of(base.vision_tower, projector=base.multi_modal_projector)
 
-    def cls_scores(
-        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    def per_token(
+        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
-        return clip.one_to_one(rows, layouts)
+        return clip.one_to_one(values, layouts)
 
 
 class _AnyRes(Adapter):
     """Thumbnail first, then the mosaic of crops in raster order, unpadded, a newline after each row."""
 
-    signals = ("cls", "cls_logits")
+    has_cls = True
     has_thumbnail = True
     video_newline = False
 
@@ -121,16 +122,19 @@ class _AnyRes(Adapter):
             segments.append(Segment("newline", n - 1, 1))
         return Layout(n, tuple(segments))
 
-    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
-        return clip.cls_attention(base.vision_tower)
+    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+        return Tower.of(base.vision_tower)
 
-    def cls_scores(
-        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    def per_token(
+        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
-        if clip.keeps_cls(base, arguments):
-            rows = nn.functional.pad(rows, (1, 0))
-        pictures = list(rows[..., None].split(self._pictures(base, arguments)))
-        return [scores[:, 0] for scores in self._pack(base, pictures, arguments)]
+        flat = values.dim() == 2
+        if clip.keeps_cls(base, arguments) and _has_cls(base):
+            tokens = (base.config.vision_config.image_size // base.config.vision_config.patch_size) ** 2 + 1
+            values = clip.in_front(values, tokens - values.shape[1])
+        pictures = list((values[..., None] if flat else values).split(self._pictures(base, arguments)))
+        packed = self._pack(base, pictures, arguments)
+        return [scores[:, 0] for scores in packed] if flat else packed
 
 
 def _trace(pictures: int, patches: int, mosaic: tuple[int, int]) -> Tensor:
@@ -149,7 +153,8 @@ def _frames(arguments: Mapping[str, Any]) -> int:
 
 
 def _has_cls(base: nn.Module) -> bool:
-    return clip.cls_attention(base.vision_tower) is not None
+    tower = Tower.of(base.vision_tower)
+    return tower is not None and bool(tower.special)
 
 
 @register_model
@@ -159,6 +164,9 @@ class LlavaNext(_AnyRes):
     families = {"llava_next": ("image",)}
     notes = "thumbnail, crops and newlines; cls with a CLIP tower only"
 
+    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+        return Tower.of(base.vision_tower, projector=base.multi_modal_projector)
+
 
 @register_model
 class LlavaNextVideo(_AnyRes):
@@ -167,17 +175,18 @@ class LlavaNextVideo(_AnyRes):
     families = {"llava_next_video": ("image", "video")}
     notes = "frames are pooled 2x2; cls with a CLIP tower only"
 
-    def cls_scores(
-        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    def per_token(
+        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         if modality == "image":
-            return super().cls_scores(base, modality, rows, layouts, arguments)
+            return super().per_token(base, modality, values, layouts, arguments)
         stride = base.config.spatial_pool_stride
-        side = square(rows.shape[1])
+        side = square(values.shape[1])
         if side is None:
-            raise ValueError(f"{rows.shape[1]} patches per frame are no square grid to pool")
-        pooled = nn.functional.avg_pool2d(rows.reshape(-1, 1, *side), stride).flatten(1)
-        return list(pooled.reshape(len(layouts), -1))
+            raise ValueError(f"{values.shape[1]} patches per frame are no square grid to pool")
+        channels = values.flatten(2) if values.dim() > 2 else values[..., None]
+        pooled = nn.functional.avg_pool2d(channels.mT.unflatten(-1, side), stride).flatten(2).mT
+        return list(pooled.reshape(len(layouts), -1, *values.shape[2:]))
 
 
 @register_model
@@ -186,7 +195,7 @@ class LlavaOnevision(_AnyRes):
 
     families = {"llava_onevision": ("image", "video")}
     notes = "thumbnail, crops and newlines; SigLIP has no CLS; one newline ends a video"
-    signals = ()
+    has_cls = False
     video_newline = True
 
 
@@ -195,7 +204,7 @@ class VideoLlava(Adapter):
     """Every frame keeps its CLS feature as a token; frames come from the encoder as entries of their own."""
 
     families = {"video_llava": ("image", "video")}
-    signals = ("cls", "cls_logits")
+    has_cls = True
     notes = "the CLS feature of every video frame is a visual token and scores 0"
 
     def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
@@ -211,14 +220,14 @@ class VideoLlava(Adapter):
         segments = tuple(Segment("frame", f * each, each) for f in range(frames))
         return [Layout(frames * each, segments) for _ in range(len(lengths) // frames)]
 
-    def cls_attention(self, base: nn.Module, modality: str) -> nn.Module | None:
-        return clip.cls_attention(base.video_tower if modality == "video" else base.image_tower)
+    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+        return Tower.of(base.video_tower if modality == "video" else base.image_tower)
 
-    def cls_scores(
-        self, base: nn.Module, modality: str, rows: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    def per_token(
+        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         if modality == "image":
-            return clip.one_to_one(rows, layouts)
+            return clip.one_to_one(values, layouts)
         frames = len(layouts[0].segments)
-        extra = layouts[0].length // frames - rows.shape[1]
-        return list(nn.functional.pad(rows, (extra, 0)).reshape(len(layouts), -1))
+        values = clip.in_front(values, layouts[0].length // frames - values.shape[1])
+        return list(values.reshape(len(layouts), -1, *values.shape[2:]))

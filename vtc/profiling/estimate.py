@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -21,19 +21,17 @@ from torch import nn
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.dialect.modules import without_adapters
-from vtc.methods import Method
-from vtc.methods.allocate import Allocator
-from vtc.methods.base import surviving
-from vtc.methods.chain import Chain
-from vtc.methods.grid import Grid
+from vtc.methods import Method, ModelFacts
+from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import square
 from vtc.patching import fitted, requested
+from vtc.places import Layer
 from vtc.profiling.configs import config_of, settings_beside
 from vtc.profiling.costs import Cost, Decoder, Encoder
 from vtc.profiling.devices import Device, device_of
 from vtc.profiling.images import Feed, Picture, feed_of, tower_of
-from vtc.tokens import InsideTokens, Layout, VisualTokens
+from vtc.tokens import Layout, VisualTokens
 from vtc.values import shown
 
 
@@ -268,7 +266,7 @@ def estimate(
     if tokens is not None:
         layouts = [Layout.plain(tokens, square(tokens))]
     visual = sum(layout.length for layout in layouts)
-    present = tokens_per_layer(chosen, layouts, parts)
+    present = tokens_per_layer(chosen, adapter.facts(parts), layouts)
     encoder, decoder = Encoder.of(parts, picture.modality), Decoder.of(parts.decoder, root)
     depth = len(decoder.layers)
     parameters = sum(parameter.numel() for parameter in root.parameters())
@@ -292,55 +290,30 @@ def estimate(
     )
 
 
-def tokens_per_layer(method: Method, layouts: Sequence[Layout], parts: Parts) -> list[int]:
-    """Visual tokens in each layer, from the method's own budget and stages, for pictures that show nothing.
+def tokens_per_layer(method: Method, facts: ModelFacts, layouts: Sequence[Layout]) -> list[int]:
+    """Visual tokens in each layer, from the method's own counts; where content decides, for pictures that show nothing.
 
     Args:
         method: settled for the model.
+        facts: of the model.
         layouts: of the images of one prompt.
-        parts: of the model.
     """
-    depth, longest = len(parts.layers), max(layout.length for layout in layouts)
-    scores = torch.zeros(len(layouts), longest)
-    features = scores[..., None]  # of no meaning, as budgets have none
-    signals = dict.fromkeys(method.needs, scores)
-    given = VisualTokens(features, tuple(layouts), tuple(range(len(layouts))), signals)
-    counts, alive = _entering(method, given)
-    entered, present, at = counts, [], 0
-    for index, stage in enumerate(method.stages(depth)):
-        present += [sum(counts)] * (stage.after - at)
-        at = stage.after
-        each = {
-            name: scores[:, 0] if name in ("text_to_visual", "visual_to_text") else scores for name in stage.signals
-        }
-        samples = (0,) * len(layouts)
-        tokens = InsideTokens(features, given.layouts, samples, alive, counts, entered, each)
-        alive, counts = surviving(method, index, tokens)
-    return present + [sum(counts)] * (depth - at)
-
-
-def _entering(method: Method, tokens: VisualTokens) -> tuple[tuple[int, ...], torch.Tensor]:
-    """How many tokens of each image enter the language model; bool [G, N], so many of each, spared newlines first."""
-    if method.newlines == "keep":
-        bare, _ = tokens.without_newlines()
-        spared = [layout.newlines() for layout in tokens.layouts]
-    else:
-        bare, spared = tokens, [[] for _ in tokens.layouts]
-    budget = _budgeter(method).budget(bare)
-    alive = torch.zeros(tokens.features.shape[:2], dtype=torch.bool)
-    for row, layout, newlines, k in zip(alive, tokens.layouts, spared, budget, strict=True):
-        own = set(newlines)
-        row[newlines + [i for i in range(layout.length) if i not in own][:k]] = True
-    return tuple(k + len(newlines) for k, newlines in zip(budget, spared, strict=True)), alive
-
-
-def _budgeter(method: Method) -> Method:
-    """What decides how many tokens enter: selectors choose within budgets, so that the plainest will do."""
-    if isinstance(method, Chain):
-        return _budgeter(method.first)
-    if isinstance(method, Allocator) and method.selector is not None:
-        return dataclasses.replace(method, selector=Grid())
-    return method
+    longest = max(layout.length for layout in layouts)
+    features = torch.zeros(len(layouts), longest, 1)  # of no meaning, as counts have none
+    tokens = VisualTokens(features, tuple(layouts), tuple(range(len(layouts))), samples=(0,) * len(layouts))
+    entered: dict[int, tuple[int, ...]] = {}
+    present: list[int] = []
+    for step in steps_of(method, facts):
+        if isinstance(step.stage.at, Layer):
+            present += [sum(tokens.counts)] * (step.stage.at.after - len(present))
+        given = entered.setdefault(id(step.method), tokens.counts)
+        counts = step.counts(layouts, given, tokens.counts)
+        if counts is None:
+            signals = {signal.key: signal.blank(len(layouts), longest) for signal in step.stage.needs}
+            counts = step.reduce(replace(tokens, signals=signals, entered=given)).counts
+        ends = torch.tensor(counts)[:, None]
+        tokens = replace(tokens, alive=torch.arange(longest) < ends, alive_counts=counts)
+    return present + [sum(tokens.counts)] * (facts.depth - len(present))
 
 
 # ------------------------------------------------------------------------------------------------------------- building

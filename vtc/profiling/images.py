@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtc.dialect.towers import Tower
 from vtc.models import Parts, clip
 from vtc.values import shown
 
@@ -152,7 +153,8 @@ def _side(parts: Parts) -> int:
 
 
 def _has_cls(parts: Parts, picture: Picture) -> bool:
-    return clip.cls_attention(tower_of(parts, picture.modality)) is not None
+    tower = Tower.of(tower_of(parts, picture.modality))
+    return tower is not None and bool(tower.special)
 
 
 def _pictures(parts: Parts, picture: Picture, count: int, each: int, words: str, **more: Any) -> Feed:

@@ -350,7 +350,7 @@ def _unlike(model: nn.Module, inputs: Inputs, everything: CompressionConfig, pla
     """Whether a configuration that keeps all gives other logits than the unpruned model."""
     with patch(model, everything) as handle:
         same = _forward(model, inputs).logits
-        if any(stage.removes_all for stage in handle.stage.layers.stages):  # whatever keep is; logits differ, rightly
+        if any(step.stage.all_or_nothing for step in handle.stage.layers.steps):  # whatever keep is
             had, left = _total(handle.last_keep), _total(handle.last_stages[-1][1])
             given = sum(layout.length for images in handle.last_layouts or [] for layout in images)
             if left < had:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vtc.patching import Patch
-    from vtc.viz.picks import Picks
 
 Ranks = dict[int, "int | None"]
 Orders = Sequence["Tensor | None"]
@@ -30,7 +29,7 @@ def show(
     processor: Any = None,
     *,
     sample: int = 0,
-    picks: Picks | None = None,
+    order: bool = False,
     size: int | None = None,
     caption: str = "",
 ) -> Image:
@@ -45,8 +44,8 @@ def show(
         inputs: what the model was called with.
         processor: the one that made them, which knows how colours were normalised.
         sample: of the batch.
-        picks: from :func:`vtc.viz.recording_picks` around the prompt; a dot on each kept token then has the colour of
-            its place in the pick order, where the method has one.
+        order: a dot on each kept token has the colour of its place in the pick order, where the method has one
+            (``handle.last_order``).
         size: at least so many pixels has the longer side of a panel, and half as many more that of a mosaic of crops;
             by default what fits.
         caption: text below, behind the name of the method.
@@ -61,8 +60,8 @@ def show(
     import_pillow()
     images = seen(handle, inputs, processor, sample)
     stages = [(after, kept[sample]) for after, kept in handle.last_stages]
-    order = None if picks is None else picks.order(handle)[sample]
-    return sheet(images, stages, order, size=size, caption=_caption(handle, caption))
+    orders = _orders(handle, sample) if order else None
+    return sheet(images, stages, orders, size=size, caption=_caption(handle, caption))
 
 
 def animate(
@@ -71,30 +70,35 @@ def animate(
     processor: Any = None,
     *,
     sample: int = 0,
-    picks: Picks | None = None,
+    order: bool = False,
     size: int | None = None,
     caption: str = "",
 ) -> list[Image]:
     """As :func:`show`, but one drawing after the other, all of a size: all tokens, then what is left of them.
 
-    Methods that drop inside the language model have one drawing for each stage; others, with ``picks``, let the
+    Methods that drop inside the language model have one drawing for each stage; others, with ``order``, let the
     picks appear in their order. :func:`save_animation` writes them.
     """
     import_pillow()
     images = seen(handle, inputs, processor, sample)
     stages = [(after, kept[sample]) for after, kept in handle.last_stages]
-    order = [None] * len(images) if picks is None else picks.order(handle)[sample]
+    orders = _orders(handle, sample) if order else [None] * len(images)
     states: list[tuple[int | None, list[Ranks]]] = [(None, [dict.fromkeys(range(i.layout.length)) for i in images])]
-    if len(stages) == 1 and any(o is not None for o in order):
-        states += [(None, state) for state in _growing(stages[0][1], order)]
+    if len(stages) == 1 and any(o is not None for o in orders):
+        states += [(None, state) for state in _growing(stages[0][1], orders)]
     else:
         several = len(stages) > 1
-        states += [(after if several else None, list(map(_ranks, kept, order))) for after, kept in stages]
-    bar = any(o is not None for o in order)
+        states += [(after if several else None, list(map(_ranks, kept, orders))) for after, kept in stages]
+    bar = any(o is not None for o in orders)
     size = size or _size(images)
     text = _caption(handle, caption)
-    frames = [finished(flow(_blocks(images, ranks, order, after, size), gap=20), text, bar) for after, ranks in states]
+    frames = [finished(flow(_blocks(images, ranks, orders, after, size), gap=20), text, bar) for after, ranks in states]
     return _same_size(frames)
+
+
+def _orders(handle: Patch, sample: int) -> list[Tensor | None]:
+    assert handle.last_order is not None  # or `seen` has said that there was no prompt
+    return handle.last_order[sample]
 
 
 def save_animation(frames: Sequence[Image], file: Path | str | BinaryIO, seconds: float = 0.8) -> None:

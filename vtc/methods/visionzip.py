@@ -1,0 +1,80 @@
+"""VisionZip: longer is better but not necessary in vision language models (CVPR 2025, arXiv 2412.04467)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage, first_of, highest
+from vtc.methods.registry import register_method
+from vtc.places import Projector
+from vtc.signals import Cls, TowerKeys
+from vtc.tokens import VisualTokens, column
+from vtc.values import shown, whole
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Method):
+    """Keep the tokens that CLS looks at, and melt the others into a few that are spread over the image.
+
+    1. Dominant: the highest CLS attention in the layer that LLaVA takes its features from.
+    2. Contextual: of the others, in raster order, every M // C-th is a target. Each of the rest goes to the target with
+       the most similar key (cosine of that layer's keys, averaged over heads); a target becomes itself plus the mean of
+       its members. All this before the projector.
+
+    Published for LLaVA-1.5: 64 tokens are 54 dominant and 10 contextual; here that share goes with any ``keep``. The
+    released code also emits the CLS token's feature, which has no place in the image: here one patch more is dominant.
+    It appends contextual tokens at the end and renumbers positions; here they stand at their targets' places.
+
+    Attributes:
+        contextual: how many of the budget are contextual; ``None``: 10 of 64.
+    """
+
+    newlines: Newlines = "keep"
+    contextual: int | None = None
+
+    name: ClassVar[str] = "visionzip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contextual is not None:
+            rule = "it counts the merged tokens of an image"
+            object.__setattr__(self, "contextual", whole("contextual", self.contextual, rule, least=0))
+        if self.newlines != "keep":
+            raise ValueError(f"newlines={shown(self.newlines)}: a newline has no features to merge; leave 'keep'")
+
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """Before the projector, with attention and keys of the layer before the last."""
+        return (Stage(Projector(), needs=(Cls(layer=-2), TowerKeys(layer=-2))),)
+
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Both steps; similarities and means in float64, so that a batch does not change them."""
+        assert budget is not None
+        merged = tuple(min(k - 1, round(k * 10 / 64) if self.contextual is None else self.contextual) for k in budget)
+        scores = tokens.signals["cls"].nan_to_num().masked_fill(~tokens.mask, -torch.inf)
+        dominant = tuple(k - c for k, c in zip(budget, merged, strict=True))
+        keeps = first_of(highest(scores, max(dominant)), dominant, scores.shape[1])
+        if not any(merged):
+            return Reduction.of_mask(keeps, budget)
+        others = tokens.mask & ~keeps
+        left = tuple(n - k for n, k in zip(tokens.counts, dominant, strict=True))
+        step = column([max(1, m // max(1, c)) for m, c in zip(left, merged, strict=True)], scores.device)
+        rank = others.cumsum(1) - 1
+        target = others & (rank % step == 0) & (rank < step * column(merged, scores.device))
+        found = Reduction.of_mask(keeps | target, budget)
+        at = Reduction.of_mask(target, merged).index  # [G, C]
+        x, key = tokens.features.double(), torch.nn.functional.normalize(tokens.signals["keys"].double(), dim=-1)
+        like = key @ key.gather(1, at[..., None].expand(-1, -1, key.shape[-1])).mT
+        there = torch.arange(at.shape[1], device=at.device) < column(merged, at.device)
+        like = like.masked_fill(~there[:, None], -torch.inf)
+        member = (others & ~target)[..., None] & (like == like.amax(-1, keepdim=True))
+        member = member & (member.cumsum(-1) == 1)  # the first of equals
+        size = member.sum(1)
+        mean = (member.double().mT @ x.nan_to_num()) / size.clamp(min=1)[..., None]
+        values = x.scatter_add(1, at[..., None].expand_as(mean), mean * there[..., None])
+        sizes = torch.ones_like(scores).scatter_add(1, at, (size * there).float())
+        rows = found.index[..., None].expand(-1, -1, x.shape[-1])
+        return replace(found, features=values.gather(1, rows).to(tokens.features), size=sizes.gather(1, found.index))

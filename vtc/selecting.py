@@ -1,0 +1,138 @@
+"""``vtc.select``: a method on bare tensors, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.budget import Keep, count
+from vtc.methods import Method, ModelFacts, make_method
+from vtc.methods.base import ANY_MODEL
+from vtc.methods.stages import steps_of
+from vtc.signals import TOWER_SIGNALS, Text
+from vtc.tokens import Layout, Segment, VisualTokens
+from vtc.values import shown
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method keeps of one image or video.
+
+    Attributes:
+        index: LongTensor [K], kept places, ascending.
+        order: LongTensor [K], the same in the order of picking or of falling score; ``None`` where the method has none.
+        features: float [K, d], what stands at the kept places now, where the method merges; else ``None``.
+    """
+
+    index: Tensor
+    order: Tensor | None
+    features: Tensor | None
+
+
+@torch.no_grad()
+def select(
+    method: str | Method,
+    features: Tensor,
+    *,
+    keep: Keep | None = None,
+    signals: Mapping[str, Tensor] | None = None,
+    layout: Layout | None = None,
+    text: Tensor | None = None,
+    stage: int = 0,
+    **options: Any,
+) -> Selection:
+    """Let a method choose among the tokens of one image, given as tensors.
+
+    Args:
+        method: a name or an object.
+        features: float [N, d], as they stand at the stage's place; or [frames, n, d] of a video: places count
+            frames * n. They are not changed.
+        keep: as everywhere a float in (0, 1] or an int; but an int is what stays after this very call, also for a
+            method with a schedule of its own. Default: 0.25 for a name, its own for an object.
+        signals: what the method asks for, by name: [N], [N, c] or [T, N]; of a video [frames, n].
+        layout: structure of the tokens; default: a picture without one, or the frames.
+        text: float [M, d], text tokens at the same place, for methods that read them.
+        stage: number of the stage, for methods with several.
+        options: with a name: further options of the method.
+
+    Returns:
+        Kept places, and where the method merges what stands there.
+
+    Raises:
+        ValueError: an unknown method, a bad keep, tensors that do not fit, a signal or stage that is not there.
+        TypeError: options that the method does not have, or given beside an object.
+    """
+    chosen = _method(method, keep, options)
+    frames = None if features.dim() == 2 else features.shape[0]
+    if features.dim() not in (2, 3) or not features.is_floating_point() or not features.numel():
+        raise ValueError(f"features {tuple(features.shape)}, {features.dtype}, must be floats [N, d] or [frames, n, d]")
+    flat = features.reshape(-1, features.shape[-1])
+    n = len(flat)
+    layout = layout or _layout(n, frames)
+    if layout.length != n:
+        raise ValueError(f"the layout has {layout.length} tokens, the features {n}")
+    given, axes = _signals(signals or {}, n, frames)
+    if text is not None:
+        given |= {"text": text[None], "text_mask": torch.ones(1, len(text), dtype=torch.bool, device=text.device)}
+        axes |= Text().axes
+    facts = _facts(flat.shape[1], given, layout)
+    chosen = chosen.settle(facts)
+    chosen.check(facts)
+    steps = steps_of(chosen, facts, idle=True)
+    if not 0 <= stage < len(steps):
+        raise ValueError(f"stage={shown(stage)}: {chosen.name} has {len(steps)}, counted from 0")
+    step = steps[stage]
+    if missing := [signal.key for signal in step.stage.needs if signal.key not in given]:
+        have = ", ".join(given) or "none"
+        raise ValueError(f"{chosen.name} needs the signals {', '.join(missing)} at {step.stage.at}; given: {have}")
+    tokens = VisualTokens(flat[None], (layout,), (0,), given, axes, samples=(0,))
+    budget = (count(keep, n),) if isinstance(keep, int) else None
+    kept = step.reduce(tokens, budget)
+    index = kept.mask[0].nonzero()[:, 0]
+    order = None if kept.order is None else kept.order[0, : kept.chosen[0]]
+    values = None
+    if kept.features is not None and kept.written is not None:
+        values = torch.where(kept.written[0, :, None], kept.features[0].to(flat.dtype), flat)[index]
+    return Selection(index, order if order is not None and len(order) == len(index) else None, values)
+
+
+def _method(method: str | Method, keep: Keep | None, options: Mapping[str, Any]) -> Method:
+    if isinstance(method, str):
+        return make_method(method, keep=0.25 if keep is None else keep, **options)
+    if not isinstance(method, Method):
+        raise TypeError(f"method={shown(method)} is neither a name nor a vtc.Method")
+    if options:
+        raise TypeError(f"options ({', '.join(options)}) go with a method's name; an object carries its own")
+    return method if keep is None else replace(method, keep=keep)
+
+
+def _layout(n: int, frames: int | None) -> Layout:
+    if frames is None:
+        return Layout.plain(n)
+    each = n // frames
+    return Layout(n, tuple(Segment("frame", f * each, each) for f in range(frames)))
+
+
+def _signals(
+    signals: Mapping[str, Tensor], n: int, frames: int | None
+) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+    """As a batch of one image, and where the axis of the tokens is."""
+    found: dict[str, Tensor] = {}
+    axes: dict[str, int | None] = {}
+    for name, signal in signals.items():
+        if frames is not None and signal.dim() > 1 and signal.shape[0] == frames and signal.shape[:2].numel() == n:
+            signal = signal.flatten(0, 1)
+        found[name] = signal[None]
+        if signal.dim() == 0 or signal.shape[0] != n:
+            axes[name] = signal.dim() if signal.dim() and signal.shape[-1] == n else None
+    return found, axes
+
+
+def _facts(width: int, signals: Mapping[str, Tensor], layout: Layout) -> ModelFacts:
+    kinds = frozenset(kind for kind in (signal.kind for signal in TOWER_SIGNALS) if kind in signals)
+    thumbnail = bool(layout.of_kind("thumbnail"))
+    return replace(ANY_MODEL, model_type="bare tensors", width=width, signals=kinds, has_thumbnail=thumbnail)

@@ -1,0 +1,37 @@
+"""What a method may ask of a model beside the features: one signal, one small class, one file.
+
+A signal is a value: which quantity, of which layer, under which name a method finds it in ``tokens.signals``. It knows
+the module it reads and what it makes of that; attention maps are never asked for.
+"""
+
+from vtc.signals.base import DecoderSignal, PromptSignal, Signal, TowerSignal
+from vtc.signals.cls import Cls, ClsLogits
+from vtc.signals.keys import LayerKeys, TowerKeys
+from vtc.signals.received import Received
+from vtc.signals.rows import Rows
+from vtc.signals.share import Share
+from vtc.signals.states import ProjectorInput, TowerFeatures
+from vtc.signals.text import Text
+from vtc.signals.transitions import Transitions
+
+TOWER_SIGNALS: tuple[type[TowerSignal], ...] = (Cls, ClsLogits, Received, TowerKeys, TowerFeatures, ProjectorInput)
+"""What a vision tower may give."""
+
+__all__ = [
+    "TOWER_SIGNALS",
+    "Cls",
+    "ClsLogits",
+    "DecoderSignal",
+    "LayerKeys",
+    "ProjectorInput",
+    "PromptSignal",
+    "Received",
+    "Rows",
+    "Share",
+    "Signal",
+    "Text",
+    "TowerFeatures",
+    "TowerKeys",
+    "TowerSignal",
+    "Transitions",
+]

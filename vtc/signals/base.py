@@ -1,0 +1,197 @@
+"""The three kinds of signals: of the vision tower, of the prompt, of the language model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vtc.dialect.towers import Tower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal(ABC):
+    """Something that a stage needs to know.
+
+    Attributes:
+        name: its key in ``tokens.signals``; empty: its kind. Two signals of a kind at one stage need two names.
+    """
+
+    name: str = ""
+
+    kind: ClassVar[str]
+    """What it is called where a model's offers are listed."""
+
+    @property
+    def key(self) -> str:
+        """Where a method finds it in ``tokens.signals``."""
+        return self.name or self.kind
+
+    def blank(self, images: int, tokens: int) -> Tensor:
+        """What it would be where there is nothing to see."""
+        return torch.zeros(images, tokens)
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """By key, the axis of the tokens where it is not the second of two or more."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSignal(Signal):
+    """A number or a vector for every patch, read from one module while the vision tower runs.
+
+    The adapter of the family sends it the way of the features, so that a method finds it token by token: float
+    [G, N] or [G, N, c], 0 for newlines and padding.
+
+    Attributes:
+        layer: of the tower, counted as Python does.
+    """
+
+    layer: int = -1
+
+    needs_cls: ClassVar[bool] = False
+    """Only towers with a CLS token have it."""
+    reads: ClassVar[Literal["input", "output"]] = "input"
+
+    @abstractmethod
+    def module(self, tower: Tower) -> nn.Module | None:
+        """What it reads, ``None`` where this tower has no such thing."""
+
+    @abstractmethod
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Make the signal.
+
+        Args:
+            tower: the tower.
+            module: from :meth:`module`.
+            hidden: [pictures, special + patches, width], what enters the module, or leaves it (see ``reads``).
+
+        Returns:
+            float32 [pictures, patches], or [pictures, patches, c]: special tokens (CLS) left out.
+        """
+
+    def of(self, tower: Tower | None) -> nn.Module | None:
+        """The module of a tower that it reads; ``None`` where the tower cannot give it."""
+        if tower is None or (self.needs_cls and not tower.special) or not -len(tower.layers) <= self.layer:
+            return None
+        return None if self.layer >= len(tower.layers) else self.module(tower)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSignal(Signal):
+    """Something of the prompt around the images, as it stands at the entrance of the language model."""
+
+    @abstractmethod
+    def read(self, embeds: Tensor, text: Tensor, samples: Sequence[int]) -> dict[str, Tensor]:
+        """Make the signal, and what has to be known beside it.
+
+        Args:
+            embeds: [B, L, d].
+            text: bool [B, L], True for text: what is neither visual nor padding.
+            samples: the row of each of the G images.
+
+        Returns:
+            Tensors [G, ...] by name; the first has the signal's :attr:`key`.
+        """
+
+
+class RowsView(Protocol):
+    """Rows of one layer's attention."""
+
+    @property
+    def new_keys(self) -> Tensor:
+        """[B, Hkv, M, dh], keys of the M columns, after RoPE."""
+        ...
+
+    def mean(self) -> Tensor:
+        """Float32 [B, M]: attention to the columns, averaged over heads and rows that are there."""
+        ...
+
+    def last(self) -> Tensor:
+        """The same of the last row alone."""
+        ...
+
+
+class LayerView(Protocol):
+    """What a signal of the language model sees: one layer, about to run, and the sequence in front of it."""
+
+    hidden: Tensor
+    """[B, M, d], what enters the layer."""
+    visual: Tensor
+    """bool [B, M]: columns of visual tokens that are still there."""
+    text: Tensor
+    """bool [B, M]: real text behind the last image of each sample that has one."""
+    bidirectional: bool
+    """Whether visual rows may look ahead (prefix-LM families)."""
+
+    def rows(self, which: Literal["text", "visual"]) -> RowsView:
+        """Rows of the layer's attention, from its own norm, projections and rotary embedding."""
+        ...
+
+    def per_token(self, columns: Tensor) -> Tensor:
+        """Of columns [B, M, ...], those of the images' tokens [G, N, ...], 0 where they left."""
+        ...
+
+    def per_image(self, samples: Tensor) -> Tensor:
+        """Of samples [B, ...], those of the images [G, ...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderSignal(Signal):
+    """Something that the layers of the language model do in the prefill.
+
+    Attributes:
+        layer: counted from 0; its norm and projections are applied to what enters it.
+    """
+
+    layer: int
+
+    needs_rows: ClassVar[bool] = True
+    """It recomputes queries or keys, which the layers must have projections for."""
+
+    def watched(self) -> Iterator[int]:
+        """Layers whose modules it watches while they run."""
+        return iter(())
+
+    @property
+    def scorer(self) -> DecoderSignal:
+        """Signals with equal scorers score a module alike, so that one does it for all."""
+        return self
+
+    def read(self, view: LayerView) -> Tensor:
+        """Make the signal at its layer: float32 [G, N] or [G, N, c] by token, or [G] by image."""
+        raise NotImplementedError
+
+    def score(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:
+        """Score what one module (attention or MLP) of a watched layer does to each token; summed up over modules.
+
+        Args:
+            before: [B, L, d], the module's input, after its norm.
+            after: [B, L, d], its output, before the residual addition.
+            real: bool [B, L], False for padding.
+            visual: bool [B, L], True for visual tokens.
+
+        Returns:
+            Float32 [B, L].
+        """
+        raise NotImplementedError
+
+
+def keys_of(signals: Sequence[Signal]) -> dict[str, Any]:
+    """Signals by key.
+
+    Raises:
+        ValueError: two different ones have the same.
+    """
+    found: dict[str, Any] = {}
+    for signal in signals:
+        if found.setdefault(signal.key, signal) != signal:
+            raise ValueError(f"{found[signal.key]} and {signal} have the same name; give one of them another")
+    return found
