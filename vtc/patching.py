@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.costs import Decoder
 from vtc.dialect import compilers
 from vtc.dialect.generation import (
     COMPILED,
@@ -42,7 +43,6 @@ from vtc.methods.stages import Step, steps_of
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import MODALITIES
 from vtc.places import Projector, Tower
-from vtc.profiling.costs import Decoder
 from vtc.report import Report
 from vtc.tokens import Layout
 from vtc.values import shown

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vtc.profiling.costs import Decoder
+from vtc.costs import Decoder
 from vtc.tokens import Layout
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import measure
+from vtc.costs import Decoder
 from vtc.models import resolve
 from vtc.ops.backend import interpreted
-from vtc.profiling.costs import Decoder, Encoder
-from vtc.profiling.images import Picture, feed_of
+from vtc.profiling.encoder import Encoder
+from vtc.profiling.feed import Picture
+from vtc.profiling.images import feed_of
 
 # ------------------------------------------------------------------------------------------------------------ ceilings
 
@@ -106,7 +108,7 @@ def columns(on: Ceilings, kept: int) -> float:
 
 
 class Costs:
-    """A model and its picture in FLOPs and bytes, counted by :mod:`vtc.profiling.costs`.
+    """A model and its picture in FLOPs and bytes, counted by :mod:`vtc.costs` and :mod:`vtc.profiling.encoder`.
 
     Args:
         model: a transformers model.

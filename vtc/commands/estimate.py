@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from vtc.profiling.costs import Cost
+    from vtc.costs import Cost
     from vtc.profiling.estimate import Estimate
 
 

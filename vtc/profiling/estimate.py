@@ -20,6 +20,7 @@ from torch import nn
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.costs import Cost, Decoder
 from vtc.dialect.modules import without_adapters
 from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import steps_of
@@ -28,9 +29,11 @@ from vtc.models.base import square
 from vtc.patching import fitted, requested
 from vtc.places import Layer
 from vtc.profiling.configs import config_of, settings_beside
-from vtc.profiling.costs import Cost, Decoder, Encoder
 from vtc.profiling.devices import Device, device_of
-from vtc.profiling.images import Feed, Picture, feed_of, tower_of
+from vtc.profiling.encoder import Encoder
+from vtc.profiling.feed import Feed, Picture
+from vtc.profiling.images import feed_of
+from vtc.profiling.towers import tower_of
 from vtc.tokens import Layout, VisualTokens
 from vtc.values import shown
 
@@ -226,7 +229,7 @@ def estimate(
 ) -> Estimate:
     """FLOPs, bytes and their ratios for one model, picture and method; needs a config only, no weights and no GPU.
 
-    Rules of counting are those of :mod:`vtc.profiling.costs`; numbers are two bytes each. Selecting the tokens is not
+    Rules of counting are those of :mod:`vtc.costs`; numbers are two bytes each. Selecting the tokens is not
     counted.
 
     Args:

@@ -9,70 +9,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from vtc.dialect.towers import Tower
 from vtc.models import Parts, clip
-from vtc.values import shown
-
-TOWERS = ("vision_tower", "image_tower", "visual", "vision_model")
-SHARPEST = 10_000
-"""Pixels per side beyond which a size is taken for a slip."""
-
-
-@dataclass(frozen=True)
-class Feed:
-    """One image or video on its way to the language model, as counts.
-
-    Attributes:
-        sequences: rows of the vision tower that see each other: one entry for each picture or frame, CLS included.
-        patches: patches embedded, over all pictures.
-        projected: rows that the projector gets, as does a merger at the end of the tower.
-        lengths: visual tokens, by entry of the encoder's output, as the adapter's layouts expect them.
-        words: what becomes of the picture, for people.
-        windows: of windowed layers: (rows, how many windows have so many).
-        arguments: what the encoder is called with, as far as the adapter's layouts ask for it.
-    """
-
-    sequences: tuple[int, ...]
-    patches: int
-    projected: int
-    lengths: tuple[int, ...]
-    words: str
-    windows: tuple[tuple[int, int], ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What is asked about: an image, or a video of ``frames`` such images; pixels."""
-
-    width: int
-    height: int
-    frames: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("width", "height", "frames"):
-            value = getattr(self, name)
-            if value is None and name == "frames":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={shown(value)} is no whole number")
-            if not 1 <= value <= SHARPEST:
-                raise ValueError(f"{name}={value} must lie in [1, {SHARPEST}]; an image is WIDTHxHEIGHT pixels")
-
-    @property
-    def modality(self) -> str:
-        """``image`` or ``video``."""
-        return "image" if self.frames is None else "video"
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}" + ("" if self.frames is None else f" x {self.frames} frames")
-
+from vtc.profiling.feed import Feed, Picture
+from vtc.profiling.towers import tower_of
 
 Rule = Callable[[Parts, Picture, Mapping[str, Any]], Feed]
 _RULES: dict[str, Rule] = {}
@@ -115,19 +59,6 @@ def feed_of(parts: Parts, picture: Picture, settings: Mapping[str, Any] | None =
     if min(feed.lengths, default=0) < 1:
         raise ValueError(f"{picture} is too narrow for {family!r}: no visual token is left of it")
     return feed
-
-
-def tower_of(parts: Parts, modality: str = "image") -> nn.Module:
-    """The module that encodes images, or videos where that is another one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    names = ("video_tower", *TOWERS) if modality == "video" else TOWERS
-    tower = next((tower for name in names if (tower := getattr(parts.base, name, None)) is not None), None)
-    if tower is None:
-        raise ValueError(f"this {parts.config.model_type!r} config has no vision tower, so there is nothing to prune")
-    return tower
 
 
 def _rule(*families: str) -> Callable[[Rule], Rule]:

@@ -32,13 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.costs import Decoder
 from vtc.dialect.caches import cache_in, stored_bytes
 from vtc.engine.context import bypassed
 from vtc.methods import Method
 from vtc.models import resolve
 from vtc.models.base import MODALITIES
 from vtc.patching import Patch, patch, requested
-from vtc.profiling.costs import Decoder
 from vtc.profiling.workload import Workload
 
 Inputs = Mapping[str, Any]
@@ -377,7 +377,7 @@ def _keeping_all(config: CompressionConfig) -> CompressionConfig | None:
 def ideal_ratio(handle: Patch, encoder: float) -> float:
     """TTFT-FLOPs ratio, unpruned / pruned, of a patch's last prompt: vision tower, projector and language model.
 
-    The language model by :mod:`vtc.profiling.costs`, with the tokens that each layer really saw. What selecting costs
+    The language model by :mod:`vtc.costs`, with the tokens that each layer really saw. What selecting costs
     is left out: the ideal has it for nothing.
 
     Args:

@@ -17,10 +17,10 @@ from typing import Any
 
 from vtc.budget import Keep, check_keep
 from vtc.config import CompressionConfig
+from vtc.costs import Decoder
 from vtc.methods import method_class
 from vtc.models import resolve
 from vtc.patching import patch
-from vtc.profiling.costs import Decoder
 from vtc.profiling.downsample import NAMES as COARSE
 from vtc.profiling.downsample import Coarse, coarse
 from vtc.profiling.intervals import paired_loss, wilson

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vtc.models import Parts, resolve
 from vtc.profiling.configs import config_of
-from vtc.profiling.images import Feed, Picture, feed_of
+from vtc.profiling.feed import Feed, Picture
+from vtc.profiling.images import feed_of
 
 TILED = {"llava", "vipllava", "gemma3", "paligemma", "internvl", "llava_next", "llava_next_video", "llava_onevision"}
 """Families whose pictures enter the tower as one or several of its own size."""

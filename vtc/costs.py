@@ -1,6 +1,7 @@
-"""What the parts of a model cost: FLOPs and bytes, read off its modules (which may be on the meta device).
+"""What a language model costs: FLOPs and bytes, read off its modules (which may be on the meta device).
 
-The rules, the same for everything that is printed as an estimate:
+What stands before it, vision tower and projector, is counted in :mod:`vtc.profiling.encoder`. The rules, the same for
+everything that is printed as an estimate:
 
 - FLOPs are two per multiply-add. Only matrix products count: linear maps, patch embeddings, attention scores and sums.
   Look-ups, norms, activations, rotary embeddings and interpolated positions do not.
@@ -20,8 +21,6 @@ from typing import Any
 from torch import nn
 
 from vtc.dialect.masks import layer_type, window_of
-from vtc.models import Parts
-from vtc.profiling.images import TOWERS, Feed, tower_of
 
 DELTA_CHUNK = 64
 """Tokens that transformers' chunked delta rule handles at once; a prompt is padded to a multiple of it."""
@@ -70,7 +69,7 @@ class Matrices:
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayer:
     """One decoder layer.
 
     Attributes:
@@ -99,14 +98,14 @@ class Layer:
         padded = -(-n // DELTA_CHUNK) * DELTA_CHUNK
         return 2 * self.matrices.met * n + 4 * pairs * self.width + self.recurrence * padded
 
-    def seen(self, n: int) -> int:
+    def cache_read(self, n: int) -> int:
         """Numbers of keys, values and state that a decode step after n tokens reads, of one sample."""
         held = n if self.window is None else min(n, self.window - 1)  # the next token is the last of its window
         return self.kv * held + self.state
 
     def stored(self, n: int) -> int:
         """Numbers that n tokens leave in the cache, of one sample."""
-        return self.seen(n) if self.stores else 0
+        return self.cache_read(n) if self.stores else 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Decoder:
         size: bytes per number.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[DecoderLayer, ...]
     outside: Matrices
     head: int
     size: int = 2
@@ -131,108 +130,37 @@ class Decoder:
         config: Any = decoder.config
         layers: Any = decoder.layers
         inside = {id(parameter) for parameter in layers.parameters()}
-        outside = _matrices(decoder, config, without=inside)
+        outside = matrices_of(decoder, config, without=inside)
         head = None if root is None else root.get_output_embeddings()  # type: ignore[operator]
         entries = 0 if head is None else head.weight.numel()
         return cls(tuple(_layer(layer, config, at) for at, layer in enumerate(layers)), outside, entries)
 
     def prefill(self, tokens: Sequence[int], batch: int = 1) -> Cost:
         """Of ``batch`` prompts that have ``tokens[i]`` tokens in layer i (those that enter it)."""
-        both = list(zip(self.layers, tokens, strict=True))
-        flops = sum(layer.flops(n) for layer, n in both) + 2 * (self.outside.met * tokens[0] + self.head)
-        read = sum(layer.matrices.read(batch * n) for layer, n in both) + self.outside.read(batch * tokens[0])
+        layers = list(zip(self.layers, tokens, strict=True))
+        flops = sum(layer.flops(n) for layer, n in layers) + 2 * (self.outside.met * tokens[0] + self.head)
+        read = sum(layer.matrices.read(batch * n) for layer, n in layers) + self.outside.read(batch * tokens[0])
         return Cost(batch * flops, self.size * (read + self.head) + self.cache_bytes(tokens, batch))
 
     def decode(self, tokens: Sequence[int], batch: int = 1) -> Cost:
         """Of one more token for each of ``batch`` samples, behind ``tokens[i]`` tokens in layer i."""
-        both = list(zip(self.layers, tokens, strict=True))
+        layers = list(zip(self.layers, tokens, strict=True))
         flops = 2 * (self.outside.met + self.head) + sum(
             2 * layer.matrices.met + 4 * min(n + 1, layer.window or n + 1) * layer.width + layer.step
-            for layer, n in both
+            for layer, n in layers
         )
         read = sum(layer.matrices.read(batch) for layer in self.layers) + self.outside.read(batch) + self.head
-        return Cost(batch * flops, self.size * (read + batch * sum(layer.seen(n) for layer, n in both)))
+        return Cost(batch * flops, self.size * (read + batch * sum(layer.cache_read(n) for layer, n in layers)))
 
     def cache_bytes(self, tokens: Sequence[int], batch: int = 1) -> float:
         """Of the keys and values of ``batch`` prompts."""
         return self.size * batch * sum(layer.stored(n) for layer, n in zip(self.layers, tokens, strict=True))
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """A vision tower and the projector behind it.
-
-    Attributes:
-        embedding: entries of the patch embedding.
-        blocks: of each layer: matrices, width of the attention, whether it is windowed.
-        merger: what the tower does with merged patches.
-        pooler: a head that looks at a whole picture once, as SigLIP's; transformers runs it, nobody reads it.
-        projector: what stands between tower and language model.
-        size: bytes per number.
-    """
-
-    embedding: int
-    blocks: tuple[tuple[Matrices, int, bool], ...]
-    merger: Matrices
-    pooler: tuple[nn.Module, ...]
-    projector: Matrices
-    size: int = 2
-
-    @classmethod
-    def of(cls, parts: Parts, modality: str = "image") -> Encoder:
-        """Of a model's tower for images or videos.
-
-        Raises:
-            ValueError: it has none, or one that is built unlike all known ones.
-        """
-        tower = tower_of(parts, modality)
-        stack = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and _attends(m)), None)
-        if stack is None:
-            raise ValueError(
-                f"the vision tower {type(tower).__name__} has no layers with attention that vtc could count"
-            )
-        config: Any = tower.config
-        full = getattr(config, "fullatt_block_indexes", None)
-        blocks = tuple(
-            (_matrices(block, config), _width(block), full is not None and at not in full)
-            for at, block in enumerate(stack)
-        )
-        counted = {id(parameter) for parameter in stack.parameters()}
-        pooler = tuple(m for n, m in tower.named_modules() if n.rpartition(".")[2] == "head")
-        counted |= {id(parameter) for head in pooler for parameter in head.parameters()}
-        embedding = {id(p): e for n, p, e in _named_matrices(tower) if "patch_" in n and id(p) not in counted}
-        counted |= embedding.keys()
-        merger = _matrices(tower, config, without=counted)
-        others = [m for n, m in parts.base.named_children() if n not in _ASIDE and m is not parts.decoder]
-        dense = sum(_matrices(module, config).dense for module in others)
-        return cls(sum(embedding.values()), blocks, merger, pooler, Matrices(dense))
-
-    def vision(self, feed: Feed, batch: int = 1) -> Cost:
-        """Of the tower, for ``batch`` such images."""
-        rows = sum(feed.sequences)
-        flops = 2.0 * (self.embedding * feed.patches + self.merger.met * feed.projected)
-        pairs = sum(n * n for n in feed.sequences)
-        windowed = sum(count * n * n for n, count in feed.windows)
-        for matrices, width, narrow in self.blocks:
-            flops += 2 * matrices.met * rows + 4 * (windowed if narrow else pairs) * width
-        weights = self.embedding + self.merger.dense + sum(matrices.read(rows * batch) for matrices, *_ in self.blocks)
-        for head in self.pooler:
-            own, entries = _pooler_flops(head, rows, len(feed.sequences))
-            flops, weights = flops + own, weights + entries
-        return Cost(batch * flops, self.size * weights)
-
-    def projection(self, feed: Feed, batch: int = 1) -> Cost:
-        """Of the projector."""
-        return Cost(2.0 * batch * self.projector.met * feed.projected, self.size * self.projector.dense)
-
-
-_ASIDE = {*TOWERS, "video_tower", "audio_tower", "embed_audio"}
-
-
 # ------------------------------------------------------------------------------------------------------ reading modules
 
 
-def _named_matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int]]:
+def named_matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int]]:
     """Parameters that tokens are multiplied with, and their entries (quantised ones may be packed)."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     linear = {id(m.weight): m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear)}
@@ -241,9 +169,19 @@ def _named_matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int]
             yield name, parameter, linear.get(id(parameter), parameter.numel())
 
 
-def _matrices(module: nn.Module, config: Any, without: set[int] | None = None) -> Matrices:
+def matrices_of(module: nn.Module, config: Any, without: set[int] | None = None) -> Matrices:
+    """All of a module's, dense ones and experts.
+
+    Args:
+        module: a layer, or a whole model.
+        config: which says to how many experts a token is sent.
+        without: ids of parameters that are counted elsewhere.
+
+    Raises:
+        ValueError: there are experts, and the config does not say so.
+    """
     dense = experts = 0
-    for name, parameter, entries in _named_matrices(module):
+    for name, parameter, entries in named_matrices(module):
         if without is not None and id(parameter) in without:
             continue
         if ".experts." in f".{name}":
@@ -260,17 +198,14 @@ def _matrices(module: nn.Module, config: Any, without: set[int] | None = None) -
     return Matrices(dense, experts, chosen / count)
 
 
-def _attends(stack: nn.ModuleList) -> bool:
-    return bool(len(stack)) and _attention(stack[0]) is not None
-
-
-def _attention(layer: nn.Module) -> nn.Module | None:
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention of a layer of a tower or language model, if it has one."""
     return next((child for name, child in layer.named_children() if name in ("self_attn", "attn", "attention")), None)
 
 
-def _width(layer: nn.Module) -> int:
+def width_of(layer: nn.Module) -> int:
     """Heads times head width: what the output projection of the attention takes in."""
-    attention = _attention(layer)
+    attention = attention_of(layer)
     for name in _OUTPUTS:
         projection = getattr(attention, name, None)
         projection = getattr(projection, "linear", projection)
@@ -279,18 +214,18 @@ def _width(layer: nn.Module) -> int:
     raise ValueError(f"{type(attention).__name__} has none of the output projections {', '.join(_OUTPUTS)}")
 
 
-def _layer(layer: nn.Module, config: Any, at: int) -> Layer:
-    matrices = _matrices(layer, config)
+def _layer(layer: nn.Module, config: Any, at: int) -> DecoderLayer:
+    matrices = matrices_of(layer, config)
     if "linear" in (layer_type(config, at) or ""):
         return _linear_layer(layer, matrices)
-    attention: Any = _attention(layer)
-    width = _width(layer)
+    attention: Any = attention_of(layer)
+    width = width_of(layer)
     groups = getattr(attention, "num_key_value_groups", 1)
     stores = not getattr(attention, "is_kv_shared_layer", False)
-    return Layer(matrices, width, 2 * width // groups, stores, window_of(config, at))
+    return DecoderLayer(matrices, width, 2 * width // groups, stores, window_of(config, at))
 
 
-def _linear_layer(layer: nn.Module, matrices: Matrices) -> Layer:
+def _linear_layer(layer: nn.Module, matrices: Matrices) -> DecoderLayer:
     """Gated DeltaNet, as transformers computes it: exact within chunks of C tokens, a state between them.
 
     Per token and value head: 2 C (2 dk + dv) for the three products within a chunk, C (dk + dv) for the triangular
@@ -302,14 +237,4 @@ def _linear_layer(layer: nn.Module, matrices: Matrices) -> Layer:
     heads, dk, dv, c = mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim, DELTA_CHUNK
     recurrence = heads * (2 * c * (2 * dk + dv) + c * (dk + dv) + 6 * dk * dv)
     state = heads * dk * dv + mixer.conv1d.weight.numel()
-    return Layer(matrices, recurrence=recurrence, step=6 * heads * dk * dv, state=state)
-
-
-def _pooler_flops(head: nn.Module, rows: int, pictures: int) -> tuple[float, int]:
-    """FLOPs and entries of an attention-pooling head: keys and values of all rows, all else once per picture."""
-    attention = next((m for m in head.modules() if isinstance(m, nn.MultiheadAttention)), None)
-    entries = sum(own for _, _, own in _named_matrices(head))
-    if attention is None:
-        return 2.0 * entries * pictures, entries
-    d = attention.embed_dim
-    return 2.0 * (2 * d * d * rows + (entries - 2 * d * d) * pictures) + 4.0 * rows * d, entries
+    return DecoderLayer(matrices, recurrence=recurrence, step=6 * heads * dk * dv, state=state)
