@@ -18,9 +18,12 @@ from vtc.methods import Reduction, Stage, method_class, register_method, registr
 from vtc.methods.random import Random
 from vtc.models import resolve
 from vtc.places import Entry, Layer
-from vtc.profiling import measure
+from vtc.profiling.correctness import faults
 from vtc.profiling.ledger import Ledger
-from vtc.profiling.measure import Spread, profile, time_decode, time_prefill
+from vtc.profiling.measure import profile
+from vtc.profiling.memory import with_peak
+from vtc.profiling.spread import Spread
+from vtc.profiling.timing import time_decode, time_prefill
 from vtc.profiling.workload import Workload, random_model
 from vtc.signals import Transitions
 
@@ -151,8 +154,8 @@ def test_peak_memory_is_what_a_run_needed():
         torch.ones(64, 2**20).sum()
         return "done"
 
-    assert measure.with_peak(torch.device("cpu"), lambda: None)[1] < 2**26
-    result, peak = measure.with_peak(torch.device("cpu"), run)
+    assert with_peak(torch.device("cpu"), lambda: None)[1] < 2**26
+    result, peak = with_peak(torch.device("cpu"), run)
     assert result == "done"
     assert 0.95 * 2**28 <= peak < 1.25 * 2**28
 
@@ -200,8 +203,8 @@ def test_a_wrong_result_is_no_gain(model, methods, at, kept, told):
 def test_logits_that_are_no_numbers_are_a_fault(model):
     with vtc.patch(model, "grid", keep=0.5) as handle:
         logits = model(**Workload(text=4).inputs(model, 1)).logits
-        assert measure.faults(handle, logits) == []
-        assert measure.faults(handle, logits * torch.nan) == ["its logits are not finite"]
+        assert faults(handle, logits) == []
+        assert faults(handle, logits * torch.nan) == ["its logits are not finite"]
 
 
 def test_the_command_says_so_and_ends_with_1(methods, tmp_path):

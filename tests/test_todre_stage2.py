@@ -11,7 +11,7 @@ from zoo.inputs import Fixed
 
 import vtc
 import vtc_tinyvlm as tiny
-from vtc.profiling import measure
+from vtc.profiling.correctness import faults
 from vtc.profiling.measure import profile
 from vtc.profiling.workload import Workload
 
@@ -44,7 +44,7 @@ def test_where_it_fires_the_report_counts_and_last_keep_tells_what_was_there(mod
         report = handle.report()
         assert report.tokens_per_layer == (36, 36, 36, 36, 0)
         assert "36 from layer 0, 0 from layer 4" in str(report)
-        assert measure.faults(handle, logits) == []
+        assert faults(handle, logits) == []
 
 
 def test_later_stages_of_a_chain_find_nothing_and_hide_nothing(model: Any) -> None:

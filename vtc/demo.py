@@ -21,8 +21,9 @@ import vtc_tinyvlm
 from vtc.config import CompressionConfig
 from vtc.patching import patch
 from vtc.profiling.intervals import wilson
-from vtc.profiling.measure import Prefill, Spread, rounds
 from vtc.profiling.provenance import device_name
+from vtc.profiling.spread import Spread
+from vtc.profiling.timing import PrefillTime, rounds
 from vtc.viz import overlay as draw
 from vtc_tinyvlm.evaluate import generate, prepare
 
@@ -156,7 +157,7 @@ def _ask(
     return answers, kept
 
 
-def _side(asked: Sequence[Any], answers: list[str], prefills: list[Prefill], size: int, tokens: float) -> Side:
+def _side(asked: Sequence[Any], answers: list[str], prefills: list[PrefillTime], size: int, tokens: float) -> Side:
     """Summarise one way of running; ``size`` is the batch of the timed prefills."""
     return Side(
         accuracy=_accuracy(asked, answers),
@@ -168,7 +169,7 @@ def _side(asked: Sequence[Any], answers: list[str], prefills: list[Prefill], siz
     )
 
 
-def _decoder(prefill: Prefill) -> float:
+def _decoder(prefill: PrefillTime) -> float:
     """Seconds of selection and language model."""
     return prefill.select + prefill.prefill
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtc.demo import Accuracy, Report
-from vtc.profiling.measure import Spread
+from vtc.profiling.spread import Spread
 
 
 def _percent(accuracy: Accuracy, form: str = "{} [dim]({})[/]") -> str:

@@ -31,7 +31,8 @@ from benchmarks.gpu.rows import NO, SKIPPED, Row
 from benchmarks.gpu.suite import Suite
 from benchmarks.gpu.timing import Sample
 from vtc.ops.backend import backend
-from vtc.profiling.measure import Prefill, rounds, time_decode, with_peak
+from vtc.profiling.memory import with_peak
+from vtc.profiling.timing import PrefillTime, rounds, time_decode
 
 BATCHES = (8, 1, 32)  # most telling first: time runs out at the end
 DECODED = 16
@@ -41,7 +42,7 @@ DECODED = 16
 class Times:
     """Of one subject: prefills, one a round; seconds of decode steps; bytes that a prefill needs at its peak."""
 
-    prefills: list[Prefill] = field(default_factory=list)
+    prefills: list[PrefillTime] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     peak: int | None = None
 

@@ -19,7 +19,8 @@ from transformers import StoppingCriteria
 
 from vtc.engine.context import bypassed
 from vtc.patching import Patch
-from vtc.profiling.measure import encoder_flops, ideal_ratio, time_prefill
+from vtc.profiling.ideal import encoder_flops, ideal_ratio
+from vtc.profiling.timing import time_prefill
 
 WARM_UP, CALIBRATED = 1, 5
 """Prompts that are timed for the realised fraction, after those that warm up."""

@@ -26,7 +26,8 @@ from vtc.values import shown
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vtc.profiling.measure import Measurement, Spread
+    from vtc.profiling.measure import Measurement
+    from vtc.profiling.spread import Spread
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -57,7 +57,9 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     here = Path(__file__).parent
-    if not _run("git", "-C", str(here), "ls-files", "measure.py"):  # installed: the repository around is another one
+    if not _run(
+        "git", "-C", str(here), "ls-files", Path(__file__).name
+    ):  # installed: the repository around is another one
         return "none"
     return _run("git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10") or "none"
 

@@ -23,11 +23,14 @@ from vtc.models import resolve
 from vtc.patching import patch
 from vtc.profiling.downsample import NAMES as COARSE
 from vtc.profiling.downsample import Coarse, coarse
+from vtc.profiling.ideal import encoder_flops
 from vtc.profiling.intervals import paired_loss, wilson
 from vtc.profiling.ledger import Ledger
-from vtc.profiling.measure import Spread, encoder_flops, profile, rounds
+from vtc.profiling.measure import profile
 from vtc.profiling.provenance import provenance
+from vtc.profiling.spread import Spread
 from vtc.profiling.tasks import Task, answers, batches_of
+from vtc.profiling.timing import rounds
 
 UNPRUNED = "none"
 BASELINES = ("random", "grid", *COARSE)

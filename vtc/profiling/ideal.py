@@ -1,0 +1,50 @@
+"""The speed-up that FLOPs alone would give, which a measured one is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtc.costs import Decoder
+from vtc.patching import Patch
+from vtc.profiling.running import Inputs, encode
+
+
+def ideal_ratio(handle: Patch, encoder: float) -> float:
+    """TTFT-FLOPs ratio, unpruned / pruned, of a patch's last prompt: vision tower, projector and language model.
+
+    The language model by :mod:`vtc.costs`, with the tokens that each layer really saw. What selecting costs
+    is left out: the ideal has it for nothing.
+
+    Args:
+        handle: of the model that was just run.
+        encoder: FLOPs of vision tower and projector for one sample, see :func:`encoder_flops`.
+    """
+    report, parts = handle.report(), handle.stage.parts
+    decoder, text = Decoder.of(parts.decoder, parts.root), report.text_tokens
+    full = decoder.prefill([round(text + report.visual_tokens)] * len(report.tokens_per_layer)).flops
+    pruned = decoder.prefill([round(text + kept) for kept in report.tokens_per_layer]).flops
+    return (encoder + full) / (encoder + pruned)
+
+
+def encoder_flops(model: nn.Module, inputs: Inputs) -> float:
+    """FLOPs of vision tower and projector for a batch, by torch's counter, which sees what really runs.
+
+    It does not see into the attention of a flash-attention package, so that of such a tower is missing.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        encode(model, inputs)
+    return counter.get_total_flops()
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *ignored: Any, **also: Any) -> int:
+    """Of full attention, from shapes [B, H, N, d]: scores and sums."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[-2] * (width + value[-1])
+
+
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""What torch's counter does not know: the kernel behind SDPA on a CPU."""
