@@ -93,7 +93,7 @@ def _table(result: Estimate) -> Table:
     from rich.table import Table
 
     table = Table("", "unpruned", "at least", "pruned", "at least", "ratio")
-    both = result.full, result.pruned
+    sides = result.full, result.pruned
 
     def work(label: str, costs: list[Cost], seconds: list[float], ratio: float, **more: Any) -> None:
         cells = [c for cost, time in zip(costs, seconds, strict=True) for c in (_flops(cost.flops), _time(time))]
@@ -102,14 +102,14 @@ def _table(result: Estimate) -> Table:
     for label, part in (("vision tower", result.vision), ("projector", result.projector)):
         if part.flops:
             work(label, [part] * 2, [result.seconds(part)] * 2, 1.0)
-    prefill = [side.prefill for side in both]
+    prefill = [side.prefill for side in sides]
     work("prefill", prefill, [result.seconds(cost) for cost in prefill], result.llm_ratio)
     seconds = [result.ttft_seconds, result.ttft_seconds_pruned]
     total = [result.before + cost for cost in prefill]
     work("first token", total, seconds, result.ttft_ratio, style="bold", end_section=True)
-    cells = [cell for side in both for cell in (_size(side.decode.bytes), _time(result.seconds(side.decode)))]
+    cells = [cell for side in sides for cell in (_size(side.decode.bytes), _time(result.seconds(side.decode)))]
     table.add_row("a decode step", *cells, f"{result.decode_ratio:.2f}x")
-    cells = [cell for side in both for cell in (_size(side.cache_bytes), "")]
+    cells = [cell for side in sides for cell in (_size(side.cache_bytes), "")]
     table.add_row("KV cache", *cells, f"{result.cache_ratio:.2f}x")
     return table
 
