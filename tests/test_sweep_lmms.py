@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import vtc
 import vtc_tinyvlm as tiny
 from vtc.cli import app
-from vtc.profiling.sweep import Exam
+from vtc.profiling.exam import Exam
 from vtc.profiling.tasks import get_task
 from vtc_lmms_eval import judges, scenes
 from vtc_lmms_eval import tasks as bridge

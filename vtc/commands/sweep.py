@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from vtc.profiling.sweep import Exam
+    from vtc.profiling.exam import Exam
     from vtc.profiling.tasks import Task
 
 ModelName = Annotated[
@@ -134,10 +134,10 @@ def find_task(name: str, include: Path | None) -> Task:
     """
     from vtc.profiling.tasks import get_task, list_tasks
 
-    if name not in (own := list_tasks()):
+    if name not in (shipped := list_tasks()):
         from vtc_lmms_eval.tasks import find
 
-        return find(name, include, also=own)
+        return find(name, include, also=shipped)
     if include is not None:
         raise ValueError(f"--include-path {include} is for tasks of lmms-eval, and {shown(name)} is vtc's own")
     return get_task(name)
@@ -151,7 +151,7 @@ def make_exam(
     from transformers.utils import logging
 
     from vtc.checkpoint import Checkpoint
-    from vtc.profiling.sweep import Exam
+    from vtc.profiling.exam import Exam
     from vtc.profiling.tasks import load
 
     if model is not None and model not in SHIPPED and task is None:

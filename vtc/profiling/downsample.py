@@ -93,7 +93,7 @@ def _smaller(model: Any, processor: Any, g: int) -> Coarse:
     pixels = g * parts.config.vision_config.patch_size
 
     def inputs(asked: Sequence[Any]) -> dict[str, Any]:
-        made = processor(
+        batch = processor(
             images=[q.image for q in asked],
             text=[q.prompt for q in asked],
             size={"shortest_edge": pixels},
@@ -101,7 +101,7 @@ def _smaller(model: Any, processor: Any, g: int) -> Coarse:
             return_tensors="pt",
             padding=True,
         )
-        return placed(made, model.device, model.dtype)
+        return placed(batch, model.device, model.dtype)
 
     return Coarse(inputs, lambda: _interpolating(parts.base.vision_tower))
 
@@ -110,8 +110,8 @@ def _pooled(model: Any, processor: Any, g: int) -> Coarse:
     _, parts = resolve(model)
 
     def inputs(asked: Sequence[Any]) -> dict[str, Any]:
-        made = batches_of(asked, processor, len(asked), model.device, model.dtype)[0]
-        return _fewer_placeholders(made, parts.placeholders["image"], g * g)
+        batch = batches_of(asked, processor, len(asked), model.device, model.dtype)[0]
+        return _fewer_placeholders(batch, parts.placeholders["image"], g * g)
 
     def pool(module: nn.Module, args: Any, features: Tensor) -> Tensor:
         side = math.isqrt(features.shape[1])
@@ -135,13 +135,13 @@ def _thumbnail(model: Any, processor: Any, keep: Keep, side: int) -> Coarse:
     patch = base.config.vision_config.patch_size
 
     def inputs(asked: Sequence[Any]) -> dict[str, Any]:
-        made = batches_of(asked, processor, len(asked), model.device, model.dtype)[0]
-        g = _grid(keep, float((made["input_ids"] == token).sum()) / len(asked), side)
-        made = _fewer_placeholders(made, token, g * g)
-        made["pixel_values"] = nn.functional.interpolate(
-            made["pixel_values"][:, 0].float(), (g * patch,) * 2, mode="bicubic", antialias=True
+        batch = batches_of(asked, processor, len(asked), model.device, model.dtype)[0]
+        g = _grid(keep, float((batch["input_ids"] == token).sum()) / len(asked), side)
+        batch = _fewer_placeholders(batch, token, g * g)
+        batch["pixel_values"] = nn.functional.interpolate(
+            batch["pixel_values"][:, 0].float(), (g * patch,) * 2, mode="bicubic", antialias=True
         ).to(model.dtype)
-        return made
+        return batch
 
     def encode(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         outputs = base.vision_tower(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True)
@@ -178,13 +178,13 @@ def _interpolating(tower: nn.Module) -> Iterator[None]:
 
 def _fewer_placeholders(inputs: dict[str, Any], token: int, count: int) -> dict[str, Any]:
     """The prompts with ``count`` placeholders each, padded on the left where they had different numbers."""
-    ids, given = inputs["input_ids"], inputs["attention_mask"]
-    seen = (ids == token).cumsum(1)
-    keep = given.bool() & ~((ids == token) & (seen > count))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    rank = (ids == token).cumsum(1)  # of a placeholder among those of its row
+    keep = mask.bool() & ~((ids == token) & (rank > count))
     width = int(keep.sum(1).max())
     short = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
-    mask = torch.zeros_like(short)
-    for row, (line, stays) in enumerate(zip(ids, keep, strict=True)):
-        left = line[stays]
-        short[row, width - len(left) :], mask[row, width - len(left) :] = left, 1
-    return inputs | {"input_ids": short, "attention_mask": mask}
+    short_mask = torch.zeros_like(short)
+    for row, (prompt, stays) in enumerate(zip(ids, keep, strict=True)):
+        begin = width - int(stays.sum())
+        short[row, begin:], short_mask[row, begin:] = prompt[stays], 1
+    return inputs | {"input_ids": short, "attention_mask": short_mask}

@@ -8,7 +8,6 @@ at each batch size, beside the unpruned model's in the same rounds. Beside regis
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from vtc.models import resolve
 from vtc.patching import patch
 from vtc.profiling.downsample import NAMES as COARSE
 from vtc.profiling.downsample import Coarse, coarse
+from vtc.profiling.exam import Exam
 from vtc.profiling.ideal import encoder_flops
 from vtc.profiling.intervals import paired_loss, wilson
 from vtc.profiling.ledger import Ledger
 from vtc.profiling.measure import profile
 from vtc.profiling.provenance import provenance
 from vtc.profiling.spread import Spread
-from vtc.profiling.tasks import Task, answers, batches_of
 from vtc.profiling.timing import rounds
 
 UNPRUNED = "none"
@@ -64,77 +63,6 @@ class Cell:
     def options(self) -> str:
         """The config's options as JSON; nothing for what has none."""
         return "" if self.config is None else json.dumps(self.config.to_dict()["options"], sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Exam:
-    """Questions put to one model: what all cells of a sweep share, and the whole of ``tune``.
-
-    Attributes:
-        model: in eval mode.
-        processor: of the model.
-        task: where the questions are from.
-        asked: the questions.
-        size: of the batches they are asked in.
-    """
-
-    model: Any
-    processor: Any
-    task: Task
-    asked: Sequence[Any]
-    size: int = 32
-
-    @property
-    def counted(self) -> list[int]:
-        """Indices of the questions that make the accuracy."""
-        return [i for i, question in enumerate(self.asked) if question.type not in self.task.apart]
-
-    def headline(self, scores: Sequence[float]) -> list[float]:
-        """The scores that make the accuracy."""
-        return [scores[i] for i in self.counted]
-
-    @property
-    def digest(self) -> str:
-        """Of prompts, answers and types: a task's data or words may change, and its name stay."""
-        said = [[question.prompt, str(getattr(question, "answer", "")), question.type] for question in self.asked]
-        return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
-
-    def take(
-        self,
-        config: CompressionConfig | None = None,
-        way: Coarse | None = None,
-        tick: Callable[[int], None] = lambda done: None,
-    ) -> tuple[list[float], float]:
-        """Answer all questions, pruned or with coarser pictures or neither.
-
-        Args:
-            config: how to prune.
-            way: a baseline, instead.
-            tick: called with the number of questions of each batch that is done.
-
-        Returns:
-            A score for each question, and the visual tokens of one, averaged over the layers.
-        """
-        texts: list[str] = []
-        tokens = 0.0
-        _, parts = resolve(self.model)
-        context: Any = patch(self.model, config) if config else way.running() if way else contextlib.nullcontext()
-        with context as handle:
-            for start in range(0, len(self.asked), self.size):
-                part = self.asked[start : start + self.size]
-                inputs = way.inputs(part) if way else self.inputs(part)
-                texts += answers(self.model, self.processor, inputs, self.task.max_new_tokens)
-                if config:
-                    layers = handle.report().tokens_per_layer
-                    tokens += len(part) * sum(layers) / len(layers)
-                else:
-                    tokens += int((inputs["input_ids"] == parts.placeholders["image"]).sum())
-                tick(len(part))
-        return self.task.scores(texts, self.asked), tokens / len(self.asked)
-
-    def inputs(self, part: Sequence[Any]) -> dict[str, Any]:
-        """One batch, as the processor makes it."""
-        return batches_of(part, self.processor, len(part), self.model.device, self.model.dtype)[0]
 
 
 def plan(exam: Exam, methods: Sequence[str], keeps: Sequence[Keep], positions: str = "original") -> list[Cell]:
@@ -203,29 +131,30 @@ def sweep(
     }
     done = {tuple(row[column] for column in _KEY): row for row in ledger.rows}
     found: list[dict[str, str]] = []
-    before: list[float] | None = None
+    unpruned: list[float] | None = None
     for cell in cells:
         keys = {batch: _key(about, cell, batch) for batch in batches}
         rows = [done[key] for key in keys.values() if key in done]
         scores, tokens = _read(rows[0]) if rows else (None, 0.0)
         if len(rows) < len(keys):
             if scores is None:
-                scores, tokens = exam.take(cell.config, _way(exam, cell))
+                scores, tokens = exam.take(cell.config, _baseline(exam, cell))
             for batch, key in keys.items():
                 if key not in done:
-                    reference = scores if before is None else before
-                    told = _accuracy(exam, scores, reference) | _timing(exam, cell, batch, repeats)
-                    ledger.add(about | _about(cell) | {"batch": batch, "kept_tokens": tokens} | told)
+                    reference = scores if unpruned is None else unpruned
+                    results = _accuracy(exam, scores, reference) | _timing(exam, cell, batch, repeats)
+                    ledger.add(about | _about(cell) | {"batch": batch, "kept_tokens": tokens} | results)
                     done[key] = ledger.rows[-1]
-        before = scores if before is None else before
+        unpruned = scores if unpruned is None else unpruned
         found += [done[key] for key in keys.values()]
         tick(cell)
     return found
 
 
 def _key(about: dict[str, str], cell: Cell, batch: int) -> tuple[str, ...]:
-    own = about | {name: str(value) for name, value in _about(cell).items()} | {"batch": str(batch)}
-    return tuple(own[column] for column in _KEY)
+    """What tells a row from all others."""
+    columns = about | {name: str(value) for name, value in _about(cell).items()} | {"batch": str(batch)}
+    return tuple(columns[name] for name in _KEY)
 
 
 def _about(cell: Cell) -> dict[str, str]:
@@ -238,14 +167,14 @@ def _read(row: dict[str, str]) -> tuple[list[float], float]:
     return json.loads(row["marks"]), float(row["kept_tokens"])
 
 
-def _way(exam: Exam, cell: Cell) -> Coarse | None:
+def _baseline(exam: Exam, cell: Cell) -> Coarse | None:
     return coarse(cell.method, exam.model, exam.processor, cell.keep) if cell.method in COARSE else None
 
 
-def _accuracy(exam: Exam, scores: list[float], before: list[float]) -> dict[str, Any]:
+def _accuracy(exam: Exam, scores: list[float], unpruned: list[float]) -> dict[str, Any]:
     counted = exam.headline(scores)
     low, high = wilson(sum(counted), len(counted))
-    loss, loss_low, loss_high = paired_loss(exam.headline(before), counted)
+    loss, loss_low, loss_high = paired_loss(exam.headline(unpruned), counted)
     apart = [score for i, score in enumerate(scores) if i not in set(exam.counted)]
     return {
         "accuracy": sum(counted) / len(counted),
@@ -261,32 +190,33 @@ def _accuracy(exam: Exam, scores: list[float], before: list[float]) -> dict[str,
 
 def _timing(exam: Exam, cell: Cell, batch: int, repeats: int) -> dict[str, Any]:
     """Time to first token of the first questions, beside the unpruned model's."""
-    part = [exam.asked[i % len(exam.asked)] for i in range(batch)]
-    full = exam.inputs(part)
+    questions = [exam.asked[i % len(exam.asked)] for i in range(batch)]
+    inputs = exam.inputs(questions)
     faults: tuple[str, ...] = ()
     ideal: float | None
     speedup: Spread | None
     if cell.config is not None:
-        _, measured = profile(exam.model, lambda size: full, cell.config, batches=[batch], repeats=repeats)
+        _, measured = profile(exam.model, lambda size: inputs, cell.config, batches=[batch], repeats=repeats)
         ttft, speedup, ideal, faults = measured.ttft, measured.speedup, measured.ideal, measured.faults
         tokens = measured.visual_tokens
     else:
-        way = _way(exam, cell)
-        running, inputs = (way.running, way.inputs(part)) if way else (contextlib.nullcontext, full)
-        ways = [(contextlib.nullcontext, full), *([(running, inputs)] if way else [])]
-        plain, *other = rounds(exam.model, ways, repeats)
-        ttft = Spread.of([run.total for run in (other[0] if way else plain)])
-        speedup = ideal = None
-        if way:
-            speedup = Spread.of([a.total / b.total for a, b in zip(plain, other[0], strict=True)])
-            ideal = _flops(exam, full, contextlib.nullcontext) / _flops(exam, inputs, running)
+        baseline, speedup, ideal = _baseline(exam, cell), None, None
+        if baseline is None:
+            (runs,) = rounds(exam.model, [(contextlib.nullcontext, inputs)], repeats)
+        else:
+            coarser = baseline.inputs(questions)
+            ways = [(contextlib.nullcontext, inputs), (baseline.running, coarser)]
+            plain, runs = rounds(exam.model, ways, repeats)
+            speedup = Spread.of([full.total / small.total for full, small in zip(plain, runs, strict=True)])
+            ideal = _flops(exam, inputs, contextlib.nullcontext) / _flops(exam, coarser, baseline.running)
+        ttft = Spread.of([run.total for run in runs])
         _, parts = resolve(exam.model)
-        tokens = int((full["input_ids"] == parts.placeholders["image"]).sum()) / batch
+        tokens = int((inputs["input_ids"] == parts.placeholders["image"]).sum()) / batch
     realised = None if speedup is None or ideal is None else speedup / ideal
     row: dict[str, Any] = {"visual_tokens": tokens, "ideal": ideal, "correct": not faults, "faults": "; ".join(faults)}
     for name, value, scale in (("ttft_ms", ttft, 1e3), ("speedup", speedup, 1.0), ("realised", realised, 1.0)):
-        for column, part_of in ((name, "median"), (f"{name}_p10", "low"), (f"{name}_p90", "high")):
-            row[column] = None if value is None else scale * getattr(value, part_of)
+        for column, field in ((name, "median"), (f"{name}_p10", "low"), (f"{name}_p90", "high")):
+            row[column] = None if value is None else scale * getattr(value, field)
     return row
 
 

@@ -91,14 +91,14 @@ def batches_of(
     asked: Sequence[Any], processor: Any, size: int, device: Any, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """What the processor makes of questions, in batches padded on the left."""
-    made = []
+    batches = []
     for start in range(0, len(asked), size):
         part = asked[start : start + size]
         inputs = processor(
             images=[q.image for q in part], text=[q.prompt for q in part], return_tensors="pt", padding=True
         )
-        made.append(placed(inputs, device, dtype))
-    return made
+        batches.append(placed(inputs, device, dtype))
+    return batches
 
 
 def placed(inputs: Mapping[str, Any], device: Any, dtype: torch.dtype) -> dict[str, Any]:

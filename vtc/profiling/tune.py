@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vtc.config import CompressionConfig
+from vtc.profiling.exam import Exam
 from vtc.profiling.intervals import loss_interval, paired_loss
-from vtc.profiling.sweep import Exam
 from vtc.values import shown
 
 STEPS = 100

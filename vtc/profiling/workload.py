@@ -86,8 +86,8 @@ class Workload:
             ids = [*_words(parts, 1, rng), *[parts.placeholders["image"]] * sum(feed.lengths)]
         else:
             visual, ids = self._processed(parts, rng, processor)
-        own = sum(token not in parts.placeholders.values() for token in ids)
-        ids = torch.tensor([ids + _words(parts, max(1, self.text - own), rng)])
+        there = sum(token not in parts.placeholders.values() for token in ids)  # text tokens around the image
+        ids = torch.tensor([ids + _words(parts, max(1, self.text - there), rng)])
         visual |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         known = inspect.signature(parts.base.forward).parameters
         for name in ("token_type_ids", "mm_token_type_ids"):
@@ -104,11 +104,11 @@ class Workload:
         picture = Image.fromarray(torch.randint(256, (height, width, 3), generator=rng, dtype=torch.uint8).numpy())
         token = getattr(processor, "image_token", "<image>")
         try:
-            made = dict(processor(images=[picture], text=[token], return_tensors="pt"))
+            processed = dict(processor(images=[picture], text=[token], return_tensors="pt"))
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError(f"the processor refuses a picture of {width}x{height}: {error}") from error
-        ids = made.pop("input_ids")[0].tolist()
-        return {n: x for n, x in made.items() if isinstance(x, Tensor) and not n.endswith(("_mask", "_ids"))}, ids
+        ids = processed.pop("input_ids")[0].tolist()
+        return {n: x for n, x in processed.items() if isinstance(x, Tensor) and not n.endswith(("_mask", "_ids"))}, ids
 
 
 def _native(parts: Parts) -> tuple[int, int]:

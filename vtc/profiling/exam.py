@@ -1,0 +1,89 @@
+"""Questions whose answers are known, put to one model: pruned, with coarser pictures, or as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtc.config import CompressionConfig
+from vtc.models import resolve
+from vtc.patching import patch
+from vtc.profiling.downsample import Coarse
+from vtc.profiling.tasks import Task, answers, batches_of
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions put to one model: what all cells of a sweep share, and the whole of ``tune``.
+
+    Attributes:
+        model: in eval mode.
+        processor: of the model.
+        task: where the questions are from.
+        asked: the questions.
+        size: of the batches they are asked in.
+    """
+
+    model: Any
+    processor: Any
+    task: Task
+    asked: Sequence[Any]
+    size: int = 32
+
+    @property
+    def counted(self) -> list[int]:
+        """Indices of the questions that make the accuracy."""
+        return [i for i, question in enumerate(self.asked) if question.type not in self.task.apart]
+
+    def headline(self, scores: Sequence[float]) -> list[float]:
+        """The scores that make the accuracy."""
+        return [scores[i] for i in self.counted]
+
+    @property
+    def digest(self) -> str:
+        """Of prompts, answers and types: a task's data or words may change, and its name stay."""
+        said = [[question.prompt, str(getattr(question, "answer", "")), question.type] for question in self.asked]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+
+    def take(
+        self,
+        config: CompressionConfig | None = None,
+        baseline: Coarse | None = None,
+        tick: Callable[[int], None] = lambda done: None,
+    ) -> tuple[list[float], float]:
+        """Answer all questions, pruned or with coarser pictures or neither.
+
+        Args:
+            config: how to prune.
+            baseline: how to make pictures coarser instead.
+            tick: called with the number of questions of each batch that is done.
+
+        Returns:
+            A score for each question, and the visual tokens of one, averaged over the layers.
+        """
+        texts: list[str] = []
+        tokens = 0.0
+        _, parts = resolve(self.model)
+        context: Any = (
+            patch(self.model, config) if config else baseline.running() if baseline else contextlib.nullcontext()
+        )
+        with context as handle:
+            for start in range(0, len(self.asked), self.size):
+                part = self.asked[start : start + self.size]
+                inputs = baseline.inputs(part) if baseline else self.inputs(part)
+                texts += answers(self.model, self.processor, inputs, self.task.max_new_tokens)
+                if config:
+                    layers = handle.report().tokens_per_layer
+                    tokens += len(part) * sum(layers) / len(layers)
+                else:
+                    tokens += int((inputs["input_ids"] == parts.placeholders["image"]).sum())
+                tick(len(part))
+        return self.task.scores(texts, self.asked), tokens / len(self.asked)
+
+    def inputs(self, part: Sequence[Any]) -> dict[str, Any]:
+        """One batch, as the processor makes it."""
+        return batches_of(part, self.processor, len(part), self.model.device, self.model.dtype)[0]
