@@ -13,10 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtc
-from vtc.checkpoint import Answer, Checkpoint, View, open_image
+from vtc.checkpoint import Answer, Checkpoint, PrunedImage
 from vtc.cli import app, parse_keep
 from vtc.demo import run_demo
 from vtc.tokens import Layout, Segment
+from vtc.viz.pixels import open_image
 from vtc_tinyvlm.model import build_model, save
 
 
@@ -120,24 +121,25 @@ def test_run_speaks_the_chat_template_where_there_is_one(checkpoint, picture, tm
 def test_the_drawn_picture_is_what_the_processor_cut(checkpoint, picture):
     loaded = Checkpoint.load(checkpoint)
     answer = loaded.ask(open_image(Path(picture)), "what ?", vtc.CompressionConfig("grid", {"keep": 0.5}))
-    (view,) = answer.views
-    seen = np.asarray(view.pictures[0], dtype=int)
+    (image,) = answer.images
+    drawn = np.asarray(image.pictures[0], dtype=int)
     centre = np.asarray(open_image(Path(picture)), dtype=int)[12:108]  # 96 wide, 120 high: no resizing, centre crop
-    assert abs(seen - centre).max() <= 1
+    assert abs(drawn - centre).max() <= 1
     assert answer.kept == 72
     assert answer.total == 144
 
 
 def test_tiles_are_drawn_side_by_side():
     tile = Image.new("RGB", (40, 40))
-    views = tuple(View(torch.tensor(keep), Layout.plain(4, (2, 2)), (tile,)) for keep in ([0, 3], [1]))
-    assert Answer("yes", 8, views).kept == 3
-    drawn = Answer("yes", 8, views).draw(Image.new("RGB", (99, 33)))
-    single = Answer("yes", 4, views[:1]).draw(Image.new("RGB", (99, 33)))
+    images = tuple(PrunedImage(torch.tensor(keep), Layout.plain(4, (2, 2)), (tile,)) for keep in ([0, 3], [1]))
+    assert Answer("yes", 8, images).kept == 3
+    drawn = Answer("yes", 8, images).draw(Image.new("RGB", (99, 33)))
+    single = Answer("yes", 4, images[:1]).draw(Image.new("RGB", (99, 33)))
     assert drawn.size[0] > 2 * single.size[0] > 0
     assert drawn.crop((0, 0, *single.size)).tobytes() == single.tobytes()
     segments = (Segment("crops", 0, 4, (2, 2)), Segment("thumbnail", 4, 4, (2, 2)), Segment("newline", 8, 1))
-    one = View(torch.tensor([0, 3, 5, 8]), Layout(9, segments), (tile, tile))  # tiles of one image: the same drawing
+    # tiles of one image: the same drawing
+    one = PrunedImage(torch.tensor([0, 3, 5, 8]), Layout(9, segments), (tile, tile))
     assert Answer("yes", 9, (one,)).draw(Image.new("RGB", (99, 33))).tobytes() == drawn.tobytes()
     with pytest.raises(ValueError, match="nothing was pruned"):
         Answer("yes", 8).draw(tile)

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 import vtc
 import vtc_tinyvlm
-from vtc.checkpoint import Checkpoint, open_image
+from vtc.checkpoint import Checkpoint
 from vtc.cli import app
 from vtc.commands.profile import _write as write_profile
 from vtc.files import replacing, write_text
 from vtc.profiling.measure import profile
 from vtc.profiling.page import write_report
 from vtc.profiling.workload import Workload
+from vtc.viz.pixels import open_image
 
 ORIENTATION = 0x0112
 QUESTION = "What colour is the circle?"

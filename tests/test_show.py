@@ -17,7 +17,7 @@ from vtc import viz
 from vtc.cli import app
 from vtc.commands import show as command
 from vtc.viz.picture import draw
-from vtc.viz.seen import seen
+from vtc.viz.prompt_images import prompt_images
 
 QUESTION = "what color is the circle ?"
 
@@ -94,7 +94,7 @@ def test_crops_and_newlines_are_drawn(picture, tmp_path):
     result = invoke(picture, "tinyvlm-next", "-m", "divprune", "--keep", "0.2", "-q", QUESTION, "--out", out)
     assert result.exit_code == 0, result.output
     call, options = by_hand(picture, vtc_tinyvlm_next, "divprune", keep=0.2)
-    assert [panel.name for panel, _ in seen(*call)[0].views] == ["thumbnail", "crops 1x2"]
+    assert [panel.name for panel, _ in prompt_images(*call)[0].views] == ["thumbnail", "crops 1x2"]
     assert Image.open(out).tobytes() == viz.show(*call, **options).tobytes()
 
 
@@ -104,7 +104,7 @@ def test_stages_inside_the_model_are_small_multiples_or_an_animation(picture, tm
     assert invoke(*common, tmp_path / "stages.gif").exit_code == 0
     call, options = by_hand(picture, vtc_tinyvlm, "transprune", keep=0.25)
     sheet = Image.open(tmp_path / "stages.png").convert("RGB")
-    ((panel, cut),) = seen(*call)[0].views
+    ((panel, cut),) = prompt_images(*call)[0].views
     for number, (_, kept) in enumerate(call[0].last_stages):
         expected = draw(panel, cut, dict.fromkeys(kept[0][0].tolist()), 300)
         x = 12 + number * (expected.width + 20)

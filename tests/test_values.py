@@ -133,7 +133,7 @@ LONG_WAYS: dict[str, Callable[[], Any]] = {
     "config": lambda: CompressionConfig.from_dict({"version": 1, LONG: 2}),
     "a folder": lambda: CompressionConfig.from_pretrained(LONG),
     "weights": lambda: vtc.patch(get_model("llava"), vtc.IDPruner(importance=vtc.SelectorWeights(LONG))),
-    "a picture": lambda: __import__("vtc.checkpoint").checkpoint.open_image(Path(LONG)),
+    "a picture": lambda: __import__("vtc.viz.pixels").viz.pixels.open_image(Path(LONG)),
     "a size": lambda: vtc.estimate(get_model("llava"), LONG),
     "a device": lambda: vtc.estimate(get_model("llava"), (64, 64), device=LONG),
 }
@@ -213,9 +213,9 @@ def test_a_pipe_among_weights_is_not_opened(tmp_path: Path, whole: bool) -> None
 def test_pipes_elsewhere_are_not_opened(tmp_path: Path) -> None:
     for name in ("config.json", "vtc_config.json", "photo.png", "sweep.csv"):
         os.mkfifo(tmp_path / name)
-    from vtc.checkpoint import open_image
     from vtc.profiling.ledger import Ledger
     from vtc.profiling.workload import random_model
+    from vtc.viz.pixels import open_image
 
     ways: list[Callable[[], Any]] = [
         lambda: CompressionConfig.from_pretrained(tmp_path),

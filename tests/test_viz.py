@@ -19,12 +19,14 @@ from zoo.models import IMAGE
 import vtc
 import vtc_tinyvlm
 from vtc import viz
+from vtc.report import Report
 from vtc.tokens import Layout, Segment
 from vtc.viz import overlay
+from vtc.viz.page import page
 from vtc.viz.panels import Panel, joined, panels
 from vtc.viz.picture import ACCENT, draw, newline_width
-from vtc.viz.prompt import sheet
-from vtc.viz.seen import Seen, seen
+from vtc.viz.prompt_images import PromptImage, prompt_images
+from vtc.viz.stages import stage_sheet
 
 WHITE = (255, 255, 255)
 PLAIN = SimpleNamespace(image_mean=[0.0] * 3, image_std=[1.0] * 3)
@@ -169,6 +171,31 @@ def test_without_pillow_the_import_works_and_drawing_says_what_to_install():
     assert "True False" in out
 
 
+def test_without_jinja_a_report_is_escaped_text_and_a_page_says_what_to_install():
+    code = (
+        "import sys; sys.modules['jinja2'] = None\n"
+        "from vtc.report import Report\n"
+        "from vtc.viz.page import page\n"
+        "report = Report(4, (2, 1), 3, 1.0, 2.0)\n"
+        "print(report._repr_html_())\n"
+        "try: page('title', report, [])\n"
+        "except ImportError as e: print(e)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    text, told = out.splitlines()
+    assert text.startswith("<p>visual tokens: 4 -&gt; 2 from layer 0, 1 from layer 1")
+    assert "<" not in text[3:-4]
+    assert "visual-token-compression[demo]" in told
+
+
+def test_what_stands_on_a_page_is_escaped():
+    drawing = Image.new("RGB", (2, 2))
+    text = page("<b>", Report(4, (2, 1), 3, 1.0, 2.0), [('"><script>', drawing)])
+    assert text.count("&lt;b&gt;") == 2
+    assert "<script>" not in text
+    assert "4 -&gt; 2 from layer 0" in text
+
+
 # --------------------------------------------------------------------------------------------------- what the model saw
 
 
@@ -196,7 +223,7 @@ def run(name: str, inputs, method="divprune", **options) -> vtc.patching.Patch:
     return handle
 
 
-def check(image: Seen, kept: torch.Tensor, colours: torch.Tensor, tolerance: float = 0.006) -> None:
+def check(image: PromptImage, kept: torch.Tensor, colours: torch.Tensor, tolerance: float = 0.006) -> None:
     """Every cell shows its token's colour where it is kept, and something much darker where it is dropped."""
     kept = set(kept.tolist())
     met: set[int] = set()
@@ -231,7 +258,7 @@ def test_llava_patches_lie_on_the_cut_picture():
     handle = run("llava", batch, keep=0.4)
     for sample, numbers in enumerate([(0,), (1, 2)]):
         for image, kept, number in zip(
-            seen(handle, batch, PLAIN, sample), handle.last_keep[sample], numbers, strict=True
+            prompt_images(handle, batch, PLAIN, sample), handle.last_keep[sample], numbers, strict=True
         ):
             check(image, kept, patch_means(batch["pixel_values"], 2)[number])
 
@@ -254,7 +281,7 @@ def test_anyres_thumbnail_and_crops_lie_where_the_model_packs_them(name):
     packed, _ = base.pack_image_features(colours, batch["image_sizes"], image_newline=torch.zeros(3), **options)
     scaled = 0
     for sample, tokens in enumerate(packed):
-        (image,) = seen(handle, batch, PLAIN, sample)
+        (image,) = prompt_images(handle, batch, PLAIN, sample)
         scaled += np.prod(image.layout.of_kind("crops")[0].grid) < 16
         # scaling down reads the gradient at the middle of four patches, clamped at the border
         check(image, handle.last_keep[sample][0], tokens, 0.006 if name == "llava_next" else 0.03)
@@ -270,7 +297,7 @@ def test_qwen_patches_in_merge_order_become_the_picture():
     handle = run("qwen2_5_vl", batch, keep=0.4)
     start = 0
     for sample in range(2):
-        for image, kept in zip(seen(handle, batch, PLAIN, sample), handle.last_keep[sample], strict=True):
+        for image, kept in zip(prompt_images(handle, batch, PLAIN, sample), handle.last_keep[sample], strict=True):
             check(image, kept, colours[start : start + image.layout.length])
             start += image.layout.length
     assert start == len(colours)
@@ -291,7 +318,7 @@ def test_qwen_patches_are_those_of_the_processor():
     batch["input_ids"] = torch.cat([rest[:at], torch.full((24,), IMAGE), rest[at:]])[None]
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
-    (image,) = seen(run("qwen2_5_vl", batch, keep=0.5), batch, processor)
+    (image,) = prompt_images(run("qwen2_5_vl", batch, keep=0.5), batch, processor)
     ((panel, again),) = image.views
     assert (panel.rows, panel.columns) == (6, 4)
     assert abs(np.asarray(again, dtype=int) - np.asarray(picture, dtype=int)).max() <= 1
@@ -302,7 +329,7 @@ def test_video_frames_are_a_filmstrip():
     patches = torch.rand(batch["pixel_values_videos"].shape, generator=torch.Generator().manual_seed(3)) * 0.6 + 0.4
     batch["pixel_values_videos"] = patches
     handle = run("qwen2_5_vl_video", batch, keep=0.4)
-    (film,) = seen(handle, batch, SimpleNamespace(video_processor=PLAIN))
+    (film,) = prompt_images(handle, batch, SimpleNamespace(video_processor=PLAIN))
     assert [panel.name for panel, _ in film.views] == ["frame 1", "frame 2"]
     check(film, handle.last_keep[0][0], patches.view(-1, 4, 3, 2, 2, 2)[..., 0, :, :].mean((1, 3, 4)))
 
@@ -310,7 +337,7 @@ def test_video_frames_are_a_filmstrip():
     frames = torch.stack([gradient(8, 8, 0.3), gradient(8, 8, 0.9)])
     batch["pixel_values_videos"] = frames[None]
     handle = run("llava_next_video", batch, keep=0.4)
-    (film,) = seen(handle, batch, SimpleNamespace(video_processor=PLAIN))
+    (film,) = prompt_images(handle, batch, SimpleNamespace(video_processor=PLAIN))
     check(film, handle.last_keep[0][0], patch_means(frames, 4).flatten(0, 1))  # frames are pooled 2x2
 
 
@@ -323,7 +350,7 @@ def test_internvl_tiles_make_the_mosaic_that_looks_like_the_thumbnail():
     handle = run("internvl", batch, keep=0.4)
     patches = patch_means(batch["pixel_values"], 2).reshape(4, 6, 6, 3).contiguous()
     tokens = base.pixel_shuffle(patches, scale_factor=base.config.downsample_ratio).view(4, 9, 4, 3).mean(2)
-    (one,), (tiled,) = (seen(handle, batch, PLAIN, sample) for sample in range(2))
+    (one,), (tiled,) = (prompt_images(handle, batch, PLAIN, sample) for sample in range(2))
     check(one, handle.last_keep[0][0], tokens[0])
     assert [panel.name for panel, _ in tiled.views] == ["crops 2x1", "thumbnail"]
     assert [picture.size for _, picture in tiled.views] == [(12, 24), (12, 12)]
@@ -335,7 +362,10 @@ def test_pictures_padded_to_the_largest_lose_the_padding(name):
     batch = dict(make_batch(name, (1, 2)))
     handle = run(name, batch, keep=0.5)
     sizes = [
-        tuple(picture.size[::-1]) for s in range(2) for i in seen(handle, batch, PLAIN, s) for _, picture in i.views
+        tuple(picture.size[::-1])
+        for s in range(2)
+        for i in prompt_images(handle, batch, PLAIN, s)
+        for _, picture in i.views
     ]
     assert sizes == [tuple(size) for size in batch["image_sizes"].tolist()]
 
@@ -345,7 +375,7 @@ def test_idefics_tiles_are_images_of_their_own_without_the_black_ones():
     batch["pixel_values"] = batch["pixel_values"].abs().clamp(0.05, 1) * (batch["pixel_values"] != 0)
     handle = run("idefics3", batch, keep=0.5)
     flat = [tile for sample in batch["pixel_values"] for tile in sample if tile.any()]
-    found = [i.views[0][1] for sample in range(2) for i in seen(handle, batch, PLAIN, sample)]
+    found = [i.views[0][1] for sample in range(2) for i in prompt_images(handle, batch, PLAIN, sample)]
     assert len(found) == len(flat) < batch["pixel_values"].shape[:2].numel()
     for picture, tile in zip(found, flat, strict=True):
         assert abs(np.asarray(picture) / 255 - tile.permute(1, 2, 0).numpy()).max() < 0.003
@@ -354,7 +384,7 @@ def test_idefics_tiles_are_images_of_their_own_without_the_black_ones():
 def test_what_has_no_grid_has_no_picture_but_is_drawn():
     batch = dict(make_batch("gemma4", (1,)))
     handle = run("gemma4", batch, keep=0.5)
-    (image,) = seen(handle, batch)
+    (image,) = prompt_images(handle, batch)
     ((panel, picture),) = image.views
     assert picture is None
     assert not panel.placed
@@ -437,7 +467,7 @@ def block(drawn: Image.Image, number: int, size: int) -> Image.Image:
 def test_every_stage_inside_the_model_has_a_drawing(tinyvlm):
     handle, call = shown(tinyvlm, "transprune", keep=0.25)
     drawn = viz.show(*call)
-    ((panel, picture),) = seen(*call)[0].views
+    ((panel, picture),) = prompt_images(*call)[0].views
     assert len(handle.last_stages) == 4
     for number, (_, kept) in enumerate(handle.last_stages):
         expected = draw(panel, picture, dict.fromkeys(kept[0][0].tolist()), 300)
@@ -458,7 +488,7 @@ def test_picks_appear_in_their_order(tinyvlm):
     handle, call = shown(tinyvlm, "divprune", keep=0.25)
     frames = viz.animate(*call, order=True)
     assert len(frames) == 13
-    ((panel, picture),) = seen(*call)[0].views
+    ((panel, picture),) = prompt_images(*call)[0].views
     order = handle.last_order[0][0].tolist()
     for count, frame in ((3, frames[1]), (18, frames[6]), (36, frames[12])):
         ranks = {token: rank for rank, token in enumerate(order[:count])}
@@ -483,8 +513,8 @@ def test_a_report_is_html_with_bars_and_cells(tinyvlm):
     assert shares == pytest.approx([100 * n / 144 for n in each], abs=0.06)
     (found,) = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text)
     cells = Image.open(io.BytesIO(base64.b64decode(found)))
-    images = [Seen(layout, tuple((p, None) for p in panels(layout))) for layout in handle.last_layouts[0]]
-    assert cells.tobytes() == sheet(images, [(a, kept[0]) for a, kept in handle.last_stages], size=200).tobytes()
+    images = [PromptImage(layout, tuple((p, None) for p in panels(layout))) for layout in handle.last_layouts[0]]
+    assert cells.tobytes() == stage_sheet(images, [(a, kept[0]) for a, kept in handle.last_stages], size=200).tobytes()
     bright = (np.asarray(block(cells, 3, 204)) > 200).all(-1).mean()  # 12 x 17 pixels
     assert 0.1 < bright < each[3] / 144
     assert report == handle.report()  # what is drawn takes no part in comparisons

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +14,8 @@ from vtc.config import CompressionConfig
 from vtc.patching import Patch, patch
 from vtc.tokens import Layout, Segment
 from vtc.values import shown
+from vtc.viz import overlay
+from vtc.viz.pixels import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class View:
+class PrunedImage:
     """One image as the model got it, and what stayed of it. One picture may become several images: tiles.
 
     Attributes:
@@ -46,16 +46,16 @@ class View:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, how many visual tokens its prompt had, and what stayed of them (unpruned: no views)."""
+    """What the model said, how many visual tokens its prompt had, and what stayed of them (unpruned: no images)."""
 
     text: str
     total: int
-    views: tuple[View, ...] = ()
+    images: tuple[PrunedImage, ...] = ()
 
     @property
     def kept(self) -> int:
         """Visual tokens that reached the language model."""
-        return sum(len(view.keep) for view in self.views) if self.views else self.total
+        return sum(len(image.keep) for image in self.images) if self.images else self.total
 
     def draw(self, picture: Image) -> Image:
         """The kept tokens over ``picture`` as the processor cut it, tiles side by side.
@@ -63,37 +63,18 @@ class Answer:
         Raises:
             ValueError: the answer was not pruned, or the model does not tell its grid.
         """
-        from vtc.viz import overlay
-
-        if not self.views:
+        if not self.images:
             raise ValueError("nothing was pruned, so there is nothing to draw")
         segments: list[Segment] = []
         picks: list[int] = []
         pictures: list[Image] = []
         start = 0
-        for view in self.views:
-            segments += [dataclasses.replace(part, start=start + part.start) for part in view.layout.segments]
-            picks += [start + i for i in view.keep.tolist()]
-            pictures += view.pictures or [picture] * len(view.segments)
-            start += view.layout.length
+        for image in self.images:
+            segments += [dataclasses.replace(part, start=start + part.start) for part in image.layout.segments]
+            picks += [start + i for i in image.keep.tolist()]
+            pictures += image.pictures or [picture] * len(image.segments)
+            start += image.layout.length
         return overlay(pictures, picks, Layout(start, tuple(segments)))
-
-
-def open_image(path: Path) -> Image:
-    """The picture as RGB, upright as its EXIF orientation says: as transformers' ``load_image`` opens it.
-
-    Raises:
-        ValueError: there is no such file, or it is no image.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no image file {shown(str(path))}")
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{shown(str(path))} is not an image that Pillow can read") from None
 
 
 @dataclass(frozen=True)
@@ -134,18 +115,20 @@ class Checkpoint:
             return Answer(self._generate(inputs, max_new_tokens), total)
         with patch(self.model, config) as handle:
             text = self._generate(inputs, max_new_tokens)
-            return Answer(text, total, self._views(handle, inputs.get("pixel_values")))
+            return Answer(text, total, self._pruned_images(handle, inputs.get("pixel_values")))
 
-    def _views(self, handle: Patch, pixels: Tensor | None) -> tuple[View, ...]:
+    def _pruned_images(self, handle: Patch, pixels: Tensor | None) -> tuple[PrunedImage, ...]:
         if handle.last_keep is None or handle.last_layouts is None:
             return ()
-        views = [View(keep, layout) for keep, layout in zip(handle.last_keep[0], handle.last_layouts[0], strict=True)]
+        kept = zip(handle.last_keep[0], handle.last_layouts[0], strict=True)
+        images = [PrunedImage(keep, layout) for keep, layout in kept]
         tiles = [] if pixels is None or pixels.dim() < 4 else list(pixels.flatten(0, -4))
-        if len(tiles) != sum(len(view.segments) for view in views):
-            return tuple(views)
+        if len(tiles) != sum(len(image.segments) for image in images):
+            return tuple(images)
         pictures = (to_picture(tile, self.processor.image_processor) for tile in tiles)
         return tuple(
-            dataclasses.replace(view, pictures=tuple(itertools.islice(pictures, len(view.segments)))) for view in views
+            dataclasses.replace(image, pictures=tuple(itertools.islice(pictures, len(image.segments))))
+            for image in images
         )
 
     def encode(self, image: Image, question: str) -> Any:
@@ -168,14 +151,3 @@ class Checkpoint:
     def _generate(self, inputs: Any, max_new_tokens: int) -> str:
         tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def to_picture(pixels: Tensor, image_processor: Any) -> Image:
-    """Undo the normalisation of a processor's float pixels [3, H, W]."""
-    from PIL import Image
-
-    for name, undo in (("image_std", torch.mul), ("image_mean", torch.add)):
-        if (value := getattr(image_processor, name, None)) is not None:
-            pixels = undo(pixels, torch.tensor(value, device=pixels.device).view(-1, 1, 1))
-    bytes_ = (pixels.float().clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy(), "RGB")

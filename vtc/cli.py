@@ -104,7 +104,8 @@ def run(
     """Ask any checkpoint one question about one image, pruned."""
     with clear_errors():
         config = build_config(method, keep, option, positions)
-        from vtc.checkpoint import Checkpoint, open_image
+        from vtc.checkpoint import Checkpoint
+        from vtc.viz.pixels import open_image
 
         picture = open_image(image)
         checkpoint = Checkpoint.load(model, device=pick_device(device), dtype=dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtc.costs import Decoder
 from vtc.tokens import Layout
+from vtc.viz.page import report_html
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,4 @@ class Report:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: a bar for each run of equal layers, and the kept tokens as cells."""
-        from vtc.viz.page import report_html
-
-        return report_html(self)
+        return report_html(self, self.layouts, self.stages)

@@ -55,12 +55,16 @@ def show(
     with clear_errors():
         _check_out(out)
         config = build_config(method, keep, option, positions)
-        from vtc.checkpoint import Checkpoint, open_image
+        from vtc.viz.pixels import open_image
 
         picture = open_image(image)
         from vtc import viz
+        from vtc.checkpoint import Checkpoint
         from vtc.patching import patch
-        from vtc.viz.page import page
+        from vtc.viz.page import import_jinja, page
+
+        if out.suffix.lower() in PAGES:
+            import_jinja()  # or a missing one would be noticed when all is computed
 
         name = str(importlib.import_module(SHIPPED[model]).CHECKPOINT) if model in SHIPPED else model
         checkpoint = Checkpoint.load(name, device=pick_device(device), dtype=dtype)
@@ -84,7 +88,7 @@ def show(
                 drawings = [("kept visual tokens", drawing), ("kept visual tokens, one stage after the other", moving)]
                 write_text(out, page(f"{method}, keep {keep}: {image.name}", report, drawings))
         typer.echo(str(report))
-        segments = [s for own in handle.last_layouts or [] for layout in own for s in layout.segments]
+        segments = [s for images in handle.last_layouts or [] for layout in images for s in layout.segments]
         if any(segment.grid is None and segment.kind != "newline" for segment in segments):
             typer.echo("[this model does not tell where its tokens lie: they are drawn in their order]", err=True)
         typer.echo(f"[kept tokens drawn on {out}]", err=True)

@@ -4,7 +4,8 @@
 model's handle and its inputs, with what the model really saw, and in the order of the picks if asked.
 """
 
+from vtc.viz.animation import save_animation
 from vtc.viz.picture import overlay
-from vtc.viz.prompt import animate, save_animation, show
+from vtc.viz.prompt import animate, show
 
 __all__ = ["animate", "overlay", "save_animation", "show"]

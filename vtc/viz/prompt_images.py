@@ -1,4 +1,4 @@
-"""What the model saw: pixels, as a processor hands them over, back into pictures, one for each panel.
+"""The images of a prompt as the model got them: a processor's pixels, back into pictures, one for each panel.
 
 Every family cuts pictures in its own way: LLaVA's processor takes the centre, any-resolution models a thumbnail and
 padded crops, Qwen-VL whole patches in merge order. Drawn on the original picture, tokens would sit beside what they
@@ -17,26 +17,27 @@ from torch import Tensor
 
 from vtc.tokens import Layout, Segment
 from vtc.values import shown
+from vtc.viz.handle import Handle
 from vtc.viz.panels import Panel, joined, panels
+from vtc.viz.pixels import to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vtc.engine.locate import Located
     from vtc.models import Parts
-    from vtc.patching import Patch
 
 View = tuple[Panel, "Image | None"]
 
 
 @dataclass(frozen=True)
-class Seen:
+class PromptImage:
     """One image of a prompt.
 
     Attributes:
         layout: the structure of its tokens.
-        views: its panels, and what the model saw there: ``None`` where it does not tell its grid, or where its pixels
-            are no picture that is known here.
+        views: its panels, each with the picture that the model got of it: ``None`` where the model does not tell its
+            grid, or where its pixels are no picture that is known here.
     """
 
     layout: Layout
@@ -46,8 +47,10 @@ class Seen:
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
-def seen(handle: Patch, inputs: Mapping[str, Any], processor: Any = None, sample: int = 0) -> list[Seen]:
-    """The images of a sample, as the model saw them.
+def prompt_images(
+    handle: Handle, inputs: Mapping[str, Any], processor: Any = None, sample: int = 0
+) -> list[PromptImage]:
+    """The images of a sample, as the model got them.
 
     Args:
         handle: of the patched model that the prompt went through.
@@ -65,24 +68,24 @@ def seen(handle: Patch, inputs: Mapping[str, Any], processor: Any = None, sample
     if not 0 <= sample < len(last.lengths):
         raise ValueError(f"sample={shown(sample)}: the last prompt had {len(last.lengths)} samples")
     images = [image for image in last.plan.images if image.row == sample]
-    found = [Seen(i.layout, tuple(_views(handle.stage.parts, i, inputs, processor))) for i in images]
+    found = [PromptImage(i.layout, tuple(_views(handle.stage.parts, i, inputs, processor))) for i in images]
     if not found:
         raise ValueError(f"sample {sample} of the last prompt has no image")
     return found
 
 
 def _views(parts: Parts, image: Located, inputs: Mapping[str, Any], processor: Any) -> list[View]:
-    own = panels(image.layout)
+    drawn = panels(image.layout)
     try:
         tiles = _tiles(parts, image, inputs)
         if tiles is not None:
-            own, tiles = _matched(parts, image, inputs, own, tiles)
+            drawn, tiles = _matched(parts, image, inputs, drawn, tiles)
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"these inputs do not fit the images of the last prompt: {error}") from error
     if tiles is None:
-        return [(panel, None) for panel in own]
+        return [(panel, None) for panel in drawn]
     paint = _painter(processor, image.modality, tiles)
-    return [(panel, paint(tile) if panel.placed else None) for panel, tile in zip(own, tiles, strict=True)]
+    return [(panel, paint(tile) if panel.placed else None) for panel, tile in zip(drawn, tiles, strict=True)]
 
 
 def _tiles(parts: Parts, image: Located, inputs: Mapping[str, Any]) -> Sequence[Tensor] | None:
@@ -124,20 +127,20 @@ def _unpadded(config: Any, picture: Tensor, inputs: Mapping[str, Any], source: i
 
 
 def _matched(
-    parts: Parts, image: Located, inputs: Mapping[str, Any], own: list[Panel], tiles: Sequence[Tensor]
+    parts: Parts, image: Located, inputs: Mapping[str, Any], drawn: list[Panel], tiles: Sequence[Tensor]
 ) -> tuple[list[Panel], Sequence[Tensor] | None]:
     """Panels and one picture for each: crops become the mosaic that they were cut from."""
     segments = [s for s in image.layout.segments if s.kind != "newline" and s.length]
-    both = list(zip(own, segments, strict=True))
     if any(s.crops for s in segments):
-        views = [(p, tiles[0]) if s.crops is None else _mosaic(parts, p, s, tiles, inputs, image) for p, s in both]
+        pairs = zip(drawn, segments, strict=True)
+        views = [(p, tiles[0]) if s.crops is None else _mosaic(parts, p, s, tiles, inputs, image) for p, s in pairs]
         return [panel for panel, _ in views], [tile for _, tile in views]
     if len(segments) > 2 and segments[0].kind == "crops" and segments[-1].kind == "thumbnail":
         shape = _arrangement(tiles[:-1], tiles[-1])
-        return [joined(own[:-1], shape), own[-1]], [_assembled(tiles[:-1], shape), tiles[-1]]
-    if len(tiles) < len(own):
-        return own, None
-    return own, tiles[: len(own)]  # a picture that was not cut may be padded with empty tiles
+        return [joined(drawn[:-1], shape), drawn[-1]], [_assembled(tiles[:-1], shape), tiles[-1]]
+    if len(tiles) < len(drawn):
+        return drawn, None
+    return drawn, tiles[: len(drawn)]  # a picture that was not cut may be padded with empty tiles
 
 
 def _mosaic(
@@ -183,11 +186,11 @@ def _arrangement(tiles: Sequence[Tensor], thumbnail: Tensor) -> tuple[int, int]:
 
 
 def _painter(processor: Any, modality: str, tiles: Sequence[Tensor]) -> Callable[[Tensor], Image]:
-    from vtc.checkpoint import to_picture
-
+    """From a picture's pixels to the picture, in the colours that the processor was given."""
     if processor is not None:
-        own = getattr(processor, f"{modality}_processor", None) or getattr(processor, "image_processor", processor)
-        return lambda tile: to_picture(tile, own)
+        whole = getattr(processor, "image_processor", processor)
+        maker = getattr(processor, f"{modality}_processor", None) or whole
+        return lambda tile: to_picture(tile, maker)
     low = min(float(tile.min()) for tile in tiles)
     high = max(float(tile.max()) for tile in tiles)
     return lambda tile: to_picture((tile.float() - low) / max(high - low, 1e-6), None)
