@@ -32,6 +32,12 @@ LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 EXTRAS = {"kernels", "flash-attn", "viz", "lmms-eval", "vllm", "test", "dev"}
 
 
+CIRCLE = {"vtc.engine.choosing", "vtc.engine.context", "vtc.engine.inside", "vtc.engine.plan"}
+"""The one circle of imports that there still is."""
+LONG = {"vtc/engine/layers.py", "vtc/patching.py"}
+"""Files that are still too long."""
+
+
 def snippets(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.S | re.M)
 
@@ -217,3 +223,86 @@ def test_import_needs_no_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- how vtc is built
+
+
+def imports(root: Path) -> dict[str, set[str]]:
+    """What each module of vtc imports of vtc, wherever in it: on top, in functions, for type checkers alone.
+
+    Whoever imports a module of another package imports that package too, but for ``vtc`` itself, which gathers the
+    public names of all.
+    """
+    files = {}
+    for path in (root / "vtc").rglob("*.py"):
+        files[".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = path
+    graph = {}
+    for name, path in files.items():
+        found = set()
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*above, *([node.module] if node.module else [])])
+                named = [f"{source}.{alias.name}" for alias in node.names]
+                found |= {each if each in files else source for each in named}
+        for module in list(found):
+            parents = [module.rsplit(".", up)[0] for up in range(1, module.count("."))]
+            found |= {parent for parent in parents if not f"{name}.".startswith(f"{parent}.")}
+        graph[name] = (found & files.keys()) - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that all come back to each other."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = graph[ahead.pop()] - found
+            found |= new
+            ahead += new
+        return found
+
+    reach = {name: reached(name) for name in graph}
+    returning = [name for name in graph if name in reach[name]]
+    groups = {frozenset(other for other in reach[name] if name in reach[other]) for name in returning}
+    return sorted(map(set, groups), key=min)
+
+
+def test_no_imports_go_in_a_circle():
+    assert circles(imports(ROOT)) == ([CIRCLE] if CIRCLE else [])
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from vtc.a import b",
+        "from vtc.a.b import name",
+        "import vtc.a.b",
+        "from .a import b",
+        "def late():\n    from vtc.a import b",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vtc.a.b import name",
+        "from vtc.a import name",  # through the package, which imports the module
+        "from vtc.a.d import name",  # likewise
+    ],
+)
+def test_a_circle_would_be_found(tmp_path, back):
+    (tmp_path / "vtc" / "a").mkdir(parents=True)
+    files = {"__init__": "from vtc.a import b", "a/__init__": "from vtc.a.b import name", "a/d": "", "c": ""}
+    files["a/b"] = "from vtc.c import name"
+    for name, text in files.items():
+        (tmp_path / "vtc" / f"{name}.py").write_text(text)
+    assert circles(imports(tmp_path)) == []
+    (tmp_path / "vtc" / "c.py").write_text(back)
+    (found,) = circles(imports(tmp_path))
+    assert {"vtc.a.b", "vtc.c"} <= found <= {"vtc.a", "vtc.a.b", "vtc.c"}
+
+
+def test_files_are_short():
+    lengths = {path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for path in (ROOT / "vtc").rglob("*.py")}
+    assert {name for name, length in lengths.items() if length > 350} == LONG

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -163,6 +164,8 @@ def test_bad_input_is_refused_before_a_model_is_loaded(picture, tmp_path, monkey
     assert "ends in none of .png" in refused(picture, "tinyvlm", "--out", "kept.bmp")
     assert "there is no folder" in refused(picture, "tinyvlm", "--out", tmp_path / "nowhere" / "out.png")
     assert not (tmp_path / "out.png").exists()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert "visual-token-compression[demo]" in refused(picture, "tinyvlm", "--out", tmp_path / "out.html")
 
 
 def test_a_missing_checkpoint_is_named(picture, tmp_path):
