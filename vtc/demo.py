@@ -51,8 +51,17 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Side:
-    """What was measured with, or without, pruning; ``cache_bytes`` are per question, tokens per image."""
+class DemoRun:
+    """One way of running the model: pruned, or not.
+
+    Attributes:
+        accuracy: by type of question.
+        answers: to all questions.
+        total: seconds of a prefill.
+        decoder: of these, those behind the projector: selection and language model.
+        cache_bytes: keys and values of one question.
+        tokens: visual tokens of one image.
+    """
 
     accuracy: dict[str, Accuracy]
     answers: list[str]
@@ -68,12 +77,26 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything `vtc demo` prints. A speed-up is the ratio of two neighbouring runs, unpruned seconds / pruned."""
+class DemoResult:
+    """Everything `vtc demo` prints.
+
+    Attributes:
+        config: how it was pruned.
+        full: the model as it is.
+        pruned: the same, pruned.
+        speedup_total: seconds of an unpruned prefill / those of the pruned one beside it.
+        speedup_decoder: the same for selection and language model alone.
+        batch: questions of a timed prefill.
+        repeats: timed pairs of prefills.
+        question: the first one.
+        answer: to it, the right one.
+        overlay: the picture with the kept tokens, if one was written.
+        machine: what the timing ran on.
+    """
 
     config: CompressionConfig
-    full: Side
-    pruned: Side
+    full: DemoRun
+    pruned: DemoRun
     speedup_total: Spread
     speedup_decoder: Spread
     batch: int
@@ -93,7 +116,7 @@ def run_demo(
     overlay: Path | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda message: None,
-) -> Report:
+) -> DemoResult:
     """Ask the shipped model ``questions`` questions unpruned and pruned, time both, and draw the first picture.
 
     Args:
@@ -124,12 +147,12 @@ def run_demo(
 
     size = len(batches[0]["input_ids"])
     tokens = sum(int((inputs["input_ids"] == model.config.image_token_id).sum()) for inputs in batches) / len(asked)
-    full = _side(asked, full_answers, plain, size, tokens)
-    pruned = _side(asked, pruned_answers, short, size, sum(map(len, kept)) / len(asked))
+    full = _summarised(asked, full_answers, plain, size, tokens)
+    pruned = _summarised(asked, pruned_answers, short, size, sum(map(len, kept)) / len(asked))
     if overlay is not None:
         overlay.parent.mkdir(parents=True, exist_ok=True)
         draw(asked[0].image, kept[0], (math.isqrt(round(tokens)),) * 2).save(overlay)
-    return Report(
+    return DemoResult(
         config=config,
         full=full,
         pruned=pruned,
@@ -157,9 +180,11 @@ def _ask(
     return answers, kept
 
 
-def _side(asked: Sequence[Any], answers: list[str], prefills: list[PrefillTime], size: int, tokens: float) -> Side:
+def _summarised(
+    asked: Sequence[Any], answers: list[str], prefills: list[PrefillTime], size: int, tokens: float
+) -> DemoRun:
     """Summarise one way of running; ``size`` is the batch of the timed prefills."""
-    return Side(
+    return DemoRun(
         accuracy=_accuracy(asked, answers),
         answers=answers,
         total=Spread.range([p.total for p in prefills]),
