@@ -30,8 +30,8 @@ class PrunedImage:
     Attributes:
         keep: kept indices among its tokens, ascending.
         layout: the structure of its tokens.
-        pictures: the processor's pixels of each segment, back in colour; empty where they do not tell (flattened
-            patches, padded crops), and the picture as a whole has to do.
+        pictures: the processor's pixels of each segment, back in colour; empty where they cannot be told apart
+            (flattened patches, padded crops), and the tokens are drawn over the whole picture.
     """
 
     keep: Tensor

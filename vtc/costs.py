@@ -5,11 +5,11 @@ everything that is printed as an estimate:
 
 - FLOPs are two per multiply-add. Only matrix products count: linear maps, patch embeddings, attention scores and sums.
   Look-ups, norms, activations, rotary embeddings and interpolated positions do not.
-- The language model's attention is causal, half of n x n, and less in layers with a sliding window. That of the vision
-  tower is full, or windowed where the tower is. The head runs on the last position only.
+- The language model's attention is causal, half of n x n, and less in layers with a sliding window. The
+  vision tower's is full, or windowed where the tower works in windows. The head runs on the last position only.
 - Of a mixture of experts a token meets the router and the experts it is sent to.
 - Bytes are a floor: weights are read once, keys and values are written once and read once in a decode step, and
-  activations are never counted. How many experts are read is what a uniform router would make of it.
+  activations are never counted. As many experts are read as if the router spread tokens evenly.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Matrices:
     Attributes:
         dense: those that every token meets.
         experts: those of all experts together.
-        share: of the experts, that one token is sent to.
+        share: fraction of the experts that one token is sent to.
     """
 
     dense: int = 0
@@ -126,7 +126,7 @@ class Decoder:
 
     @classmethod
     def of(cls, decoder: nn.Module, root: nn.Module | None = None) -> Decoder:
-        """Of a transformers language model; ``root`` is the model that owns its head."""
+        """Read off a transformers language model; ``root`` is the model that owns its head."""
         config: Any = decoder.config
         layers: Any = decoder.layers
         inside = {id(parameter) for parameter in layers.parameters()}
@@ -136,14 +136,14 @@ class Decoder:
         return cls(tuple(_layer(layer, config, at) for at, layer in enumerate(layers)), outside, entries)
 
     def prefill(self, tokens: Sequence[int], batch: int = 1) -> Cost:
-        """Of ``batch`` prompts that have ``tokens[i]`` tokens in layer i (those that enter it)."""
+        """The prefill of ``batch`` prompts that have ``tokens[i]`` tokens in layer i (those that enter it)."""
         layers = list(zip(self.layers, tokens, strict=True))
         flops = sum(layer.flops(n) for layer, n in layers) + 2 * (self.outside.met * tokens[0] + self.head)
         read = sum(layer.matrices.read(batch * n) for layer, n in layers) + self.outside.read(batch * tokens[0])
         return Cost(batch * flops, self.size * (read + self.head) + self.cache_bytes(tokens, batch))
 
     def decode(self, tokens: Sequence[int], batch: int = 1) -> Cost:
-        """Of one more token for each of ``batch`` samples, behind ``tokens[i]`` tokens in layer i."""
+        """One step: one more token for each of ``batch`` samples, behind ``tokens[i]`` tokens in layer i."""
         layers = list(zip(self.layers, tokens, strict=True))
         flops = 2 * (self.outside.met + self.head) + sum(
             2 * layer.matrices.met + 4 * min(n + 1, layer.window or n + 1) * layer.width + layer.step
@@ -153,7 +153,7 @@ class Decoder:
         return Cost(batch * flops, self.size * (read + batch * sum(layer.cache_read(n) for layer, n in layers)))
 
     def cache_bytes(self, tokens: Sequence[int], batch: int = 1) -> float:
-        """Of the keys and values of ``batch`` prompts."""
+        """Size of the keys and values of ``batch`` prompts."""
         return self.size * batch * sum(layer.stored(n) for layer, n in zip(self.layers, tokens, strict=True))
 
 

@@ -41,30 +41,34 @@ class Report:
 
     @classmethod
     def of(
-        cls, decoder: Decoder, lengths: Sequence[int], given: Sequence[int], stages: Sequence[tuple[int, Sequence[int]]]
+        cls,
+        decoder: Decoder,
+        lengths: Sequence[int],
+        visual: Sequence[int],
+        stages: Sequence[tuple[int, Sequence[int]]],
     ) -> Report:
-        """From host integers.
+        """From counts of tokens, as plain integers.
 
         Args:
             decoder: what its layers cost.
             lengths: tokens of each sample's prompt.
-            given: visual tokens of each sample.
+            visual: visual tokens of each sample.
             stages: (layers run before, visual tokens of each sample from there on), the first with 0 layers.
         """
         layers = decoder.layers
-        rows = [row for row, count in enumerate(given) if count]
+        rows = [row for row, count in enumerate(visual) if count]
         present = [next(counts for after, counts in reversed(stages) if after <= layer) for layer in range(len(layers))]
 
         def mean(values: Sequence[float]) -> float:
             return sum(values[row] for row in rows) / len(rows)
 
-        text = [n - v for n, v in zip(lengths, given, strict=True)]
+        text = [n - v for n, v in zip(lengths, visual, strict=True)]
         cost = [
             sum(layer.flops(text[row] + counts[row]) for layer, counts in zip(layers, present, strict=True))
-            for row in range(len(given))
+            for row in range(len(visual))
         ]
         full = [sum(layer.flops(n) for layer in layers) for n in lengths]
-        return cls(mean(given), tuple(mean(layer) for layer in present), mean(text), mean(cost), mean(full))
+        return cls(mean(visual), tuple(mean(layer) for layer in present), mean(text), mean(cost), mean(full))
 
     def __str__(self) -> str:
         steps: list[tuple[int, float]] = []

@@ -19,7 +19,7 @@ PARTS = {"vision": "#4c72b0", "select": "#c44e52", "prefill": "#8c8c8c"}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of inches by inches, with a canvas of its own: pyplot's global state stays as it is."""
+    """A figure of so many inches, with a canvas of its own: pyplot's global state stays as it is."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -31,7 +31,7 @@ def label_of(measurement: Measurement) -> str:
 
 
 def bars(measured: Sequence[Measurement], title: str = "") -> Figure:
-    """Time to first token as stacked bars, a panel for each batch size; behind a bar the speed-up and its share."""
+    """Time to first token as stacked bars, a panel for each batch size; each bar with its speed-up."""
     batches = sorted({each.batch for each in measured})
     rows = max(sum(each.batch == batch for each in measured) for batch in batches)
     figure = new_figure(8.0, 0.9 + len(batches) * (0.7 + 0.28 * rows))

@@ -24,7 +24,8 @@ class Encoder:
         embedding: entries of the patch embedding.
         blocks: of each layer: matrices, width of the attention, whether it is windowed.
         merger: what the tower does with merged patches.
-        pooler: a head that looks at a whole picture once, as SigLIP's; transformers runs it, nobody reads it.
+        pooler: a head that looks at a whole picture once, as SigLIP's; transformers runs it, though nothing
+            reads its output.
         projector: what stands between tower and language model.
         size: bytes per number.
     """
@@ -38,7 +39,7 @@ class Encoder:
 
     @classmethod
     def of(cls, parts: Parts, modality: str = "image") -> Encoder:
-        """Of a model's tower for images or videos.
+        """Read off a model's tower for images or videos, and its projector.
 
         Raises:
             ValueError: it has none, or one that is built unlike all known ones.
@@ -66,7 +67,7 @@ class Encoder:
         return cls(sum(embedding.values()), blocks, merger, pooler, Matrices(dense))
 
     def vision(self, feed: Feed, batch: int = 1) -> Cost:
-        """Of the tower, for ``batch`` such images."""
+        """The tower's part, for ``batch`` such images."""
         rows = sum(feed.sequences)
         flops = 2.0 * (self.embedding * feed.patches + self.merger.met * feed.projected)
         pairs = sum(n * n for n in feed.sequences)
@@ -80,7 +81,7 @@ class Encoder:
         return Cost(batch * flops, self.size * weights)
 
     def projection(self, feed: Feed, batch: int = 1) -> Cost:
-        """Of the projector."""
+        """The projector's part, for ``batch`` such images."""
         return Cost(2.0 * batch * self.projector.met * feed.projected, self.size * self.projector.dense)
 
 

@@ -18,7 +18,7 @@ from vtc.profiling.tasks import Task, answers, batches_of
 
 @dataclass(frozen=True)
 class Exam:
-    """Questions put to one model: what all cells of a sweep share, and the whole of ``tune``.
+    """Questions put to one model, the same for all cells of a sweep and for all trials of ``tune``.
 
     Attributes:
         model: in eval mode.
@@ -36,16 +36,16 @@ class Exam:
 
     @property
     def counted(self) -> list[int]:
-        """Indices of the questions that make the accuracy."""
+        """Indices of the questions that count towards the accuracy."""
         return [i for i, question in enumerate(self.asked) if question.type not in self.task.apart]
 
     def headline(self, scores: Sequence[float]) -> list[float]:
-        """The scores that make the accuracy."""
+        """The scores that count towards the accuracy."""
         return [scores[i] for i in self.counted]
 
     @property
     def digest(self) -> str:
-        """Of prompts, answers and types: a task's data or words may change, and its name stay."""
+        """A hash of prompts, answers and types: a task's questions may change while its name stays."""
         said = [[question.prompt, str(getattr(question, "answer", "")), question.type] for question in self.asked]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
 

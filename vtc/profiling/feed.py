@@ -14,7 +14,7 @@ SHARPEST = 10_000
 
 @dataclass(frozen=True)
 class Picture:
-    """What is asked about: an image, or a video of ``frames`` such images; pixels."""
+    """What is asked about: an image, or a video of ``frames`` such images; sides in pixels."""
 
     width: int
     height: int

@@ -16,8 +16,8 @@ from vtc.profiling.running import Inputs, encode
 def ideal_ratio(handle: Patch, encoder: float) -> float:
     """TTFT-FLOPs ratio, unpruned / pruned, of a patch's last prompt: vision tower, projector and language model.
 
-    The language model by :mod:`vtc.costs`, with the tokens that each layer really saw. What selecting costs
-    is left out: the ideal has it for nothing.
+    The language model's part follows :mod:`vtc.costs`, with the tokens that each layer really had. Selecting is not
+    counted: in the ideal it costs nothing.
 
     Args:
         handle: of the model that was just run.
@@ -33,7 +33,7 @@ def ideal_ratio(handle: Patch, encoder: float) -> float:
 def encoder_flops(model: nn.Module, inputs: Inputs) -> float:
     """FLOPs of vision tower and projector for a batch, by torch's counter, which sees what really runs.
 
-    It does not see into the attention of a flash-attention package, so that of such a tower is missing.
+    It cannot look into a flash-attention package: where a tower uses one, its attention is missing from the count.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         encode(model, inputs)

@@ -38,9 +38,9 @@ class Measurement:
         visual_tokens: of a sample.
         kept_tokens: of a sample, averaged over the layers of the language model.
         ttft: time to first token: the sum of the next three.
-        vision: a part of it, see :mod:`vtc.profiling.timing`.
-        select: another.
-        prefill: the third.
+        vision: of that, what comes before the decoder; :mod:`vtc.profiling.timing` says where it is cut.
+        select: of that, the patch's own work.
+        prefill: of that, the rest.
         decode: one further token, seconds a step; ``None`` if none was asked for.
         peak_bytes: memory needed by the prefill beyond what was held before it (weights are not counted); ``None``
             where it cannot be told.
@@ -155,7 +155,7 @@ def configurations(
 
 @dataclass(frozen=True)
 class _Known:
-    """What one untimed run of a configuration told; the first one is the unpruned model's."""
+    """What one untimed run of a configuration told."""
 
     config: CompressionConfig | None
     visual_tokens: float
@@ -166,7 +166,7 @@ class _Known:
 
 
 def _look(model: nn.Module, inputs: Inputs, configs: Sequence[CompressionConfig]) -> list[_Known]:
-    """Run everything once, look at the results and at the memory they took."""
+    """Run everything once, the unpruned model first, and look at the results and at the memory they took."""
     device = next(model.parameters()).device
     plain, peak = with_peak(device, functools.partial(forward, model, inputs))
     logits, vision = plain.logits, encoder_flops(model, inputs)

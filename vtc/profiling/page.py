@@ -21,8 +21,8 @@ Axis = tuple[Callable[[Row], float], str]
 
 
 def share_of_time(row: Row) -> float:
-    """Time to first token in per cent of the unpruned model's in the same rounds: a machine that grew slower between
-    two rows moves neither.
+    """Time to first token in per cent of the unpruned model's in the same rounds, so that a machine that becomes
+    slower from one row to the next changes neither.
     """
     return 100 / float(row["speedup"]) if row["speedup"] else 100.0
 

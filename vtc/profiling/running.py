@@ -25,7 +25,7 @@ def forward(model: nn.Module, inputs: Inputs) -> Any:
 
 @torch.inference_mode()
 def encode(model: nn.Module, inputs: Inputs) -> None:
-    """Run the image encoder alone, as the model would, unheard by the engine."""
+    """Run the image encoder alone, as the model would; a patch takes no notice of it."""
     _, parts = resolve(model)
     for modality in MODALITIES:
         pixels = [

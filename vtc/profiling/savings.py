@@ -31,7 +31,7 @@ class PromptCost:
 
     @classmethod
     def of(cls, decoder: Decoder, visual: Sequence[int], text: int, batch: int) -> PromptCost:
-        """From the visual tokens in each layer."""
+        """What follows from the visual tokens in each layer."""
         tokens = [n + text for n in visual]
         flops = tuple(batch * layer.flops(n) for layer, n in zip(decoder.layers, tokens, strict=True))
         prefill, decode = decoder.prefill(tokens, batch), decoder.decode(tokens, batch)
@@ -109,7 +109,7 @@ class Savings:
 
     @property
     def ceiling(self) -> float:
-        """The ideal ratio if every visual token left behind the projector, and the text stayed."""
+        """The ideal ratio if behind the projector all visual tokens were dropped, and only the text stayed."""
         return (self.before + self.full.prefill).flops / (self.before + self.text_only).flops
 
     @property

@@ -221,7 +221,7 @@ def _timing(exam: Exam, cell: Cell, batch: int, repeats: int) -> dict[str, Any]:
 
 
 def _flops(exam: Exam, inputs: dict[str, Any], running: Callable[[], Any]) -> float:
-    """Of a prefill without pruning."""
+    """FLOPs of a prefill without pruning."""
     _, parts = resolve(exam.model)
     decoder = Decoder.of(parts.decoder, parts.root)
     with running():

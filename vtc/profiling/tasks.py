@@ -19,15 +19,16 @@ class Task:
 
     Attributes:
         name: as in ``--task``.
-        questions: from a number to so many questions, always the same ones; raises ValueError where it has fewer. A
-            question has ``image`` (a picture), ``prompt`` (text with the image token in it) and ``type``; ``answer``
-            if it is to tell two questions apart.
-        score: from the text answered and the question to a score in [0, 1]; ``None``: the task has no accuracy.
+        questions: called with a number, gives that many questions, always the same ones, or raises ValueError where
+            there are fewer. A question has ``image`` (a picture), ``prompt`` (text with the image token in it) and
+            ``type``; ``answer`` if it is to tell two questions apart.
+        score: called with the text answered and the question, gives a score in [0, 1]; ``None``: the task has no
+            accuracy.
         model: what ``vtc sweep`` and ``vtc tune`` run when no model is named: a name that :func:`load` knows.
         apart: types of questions left out of the accuracy and shown beside it.
         max_new_tokens: an answer is cut there.
-        wording: from questions and a model's processor to the same with a ``prompt`` for this model; ``None``: the
-            prompts are for every model.
+        wording: called with questions and a model's processor, gives the same questions with a ``prompt`` for this
+            model; ``None``: the prompts are for every model.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Task:
     wording: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None
 
     def scores(self, texts: Sequence[str], asked: Sequence[Any]) -> list[float]:
-        """Of each answer.
+        """A score for each answer.
 
         Raises:
             ValueError: the task has no accuracy.

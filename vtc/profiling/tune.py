@@ -1,4 +1,4 @@
-"""The smallest ``keep`` whose loss of accuracy stays within a bound: by bisection, and no surer than the sample."""
+"""The smallest ``keep`` whose loss of accuracy stays within a bound: by bisection, and as sure as the sample allows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Tuning:
     """What came out.
 
     Attributes:
-        config: with the smallest ``keep`` that is surely within the bound; ``None``: no such was found below 1.
+        config: with the smallest ``keep`` that is surely within the bound; ``None``: there is none below 1.
         trials: in the order tried.
         accuracy: of the unpruned model.
         questions: that it was measured on.
@@ -119,7 +119,7 @@ def _try(
 
 
 def _enough(before: Sequence[float], max_drop: float) -> int:
-    """How many questions of this kind would do if no answer changed, to the next 10."""
+    """How many questions of this kind would do if no answer changed, rounded up to tens."""
     accuracy, n = sum(before) / len(before), len(before)
     while loss_interval(accuracy, accuracy, 1.0, n)[2] > max_drop and n < 1_000_000:
         n = n * 11 // 10 + 1

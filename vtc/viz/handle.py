@@ -16,7 +16,7 @@ class Handle(Protocol):
 
     @property
     def method(self) -> Method:
-        """What selected."""
+        """The method that selected."""
 
     @property
     def stage(self) -> EntryStage:

@@ -20,7 +20,7 @@ class Panel:
         rows: of cells.
         columns: of cells.
         tokens: index among the image's tokens, by (row, column).
-        newlines: the same of the newline token behind a row, by row.
+        newlines: index of the newline token behind a row, by row.
         row_seams: where another crop begins, in (0, 1) from top to bottom of the picture.
         column_seams: the same from left to right.
         placed: False where the model does not tell its grid: the tokens are in order, but lie on no picture.

@@ -43,8 +43,8 @@ def show(
         sample: of the batch.
         order: a dot on each kept token has the colour of its place in the pick order, where the method has one
             (``handle.last_order``).
-        size: at least so many pixels has the longer side of a panel, and half as many more that of a mosaic of crops;
-            by default what fits.
+        size: pixels that the longer side of a panel has at least, and half as many more for a mosaic of crops; by
+            default what fits.
         caption: text below, behind the name of the method.
 
     Returns:
