@@ -151,7 +151,7 @@ def error_in_the_block(model: Any, batch: Batch) -> None:
 def error_inside_generate(model: Any, batch: Batch) -> None:
     """The method fails in the middle of a forward pass."""
     with pytest.MonkeyPatch.context() as patching_grid:
-        patching_grid.setattr(vtc.Grid, "select", failing)
+        patching_grid.setattr(vtc.Grid, "reduce", failing)
         with pytest.raises(Deliberate), vtc.patch(model, "grid", keep=0.5):
             tokens_of(model, batch)
 
@@ -339,33 +339,33 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(family: str, index: int) -> N
     check_alone_as_in_the_batch(get_model(family), batch_of(family, EIGHT), methods_for(family)[index])
 
 
-def one_generator_for_all(self: vtc.Random, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+def one_generator_for_all(self: vtc.Random, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
     generator = torch.Generator().manual_seed(image_seed(self.seed, 0, 0))
     picks = torch.zeros(len(budget), max(budget), dtype=torch.long)
     for g, (k, n) in enumerate(zip(budget, tokens.lengths, strict=True)):
         picks[g, :k] = torch.randperm(n, generator=generator)[:k]
-    return picks
+    return vtc.Reduction(picks)
 
 
 def numbered_in_the_batch(images: list[Any]) -> tuple[int, ...]:
     return tuple(range(len(images)))
 
 
-def relative_to_the_batch(self: vtc.DivPrune, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+def relative_to_the_batch(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
     real = tokens.mask[..., None]
     mean = (tokens.features * real).sum((0, 1)) / real.sum()
-    return vtc.ops.farthest_first(tokens.features - mean, max(budget), mask=tokens.mask)
+    return vtc.Reduction(vtc.ops.farthest_first(tokens.features - mean, max(budget), mask=tokens.mask))
 
 
-def blind_to_padding(self: vtc.DivPrune, tokens: Any, budget: tuple[int, ...]) -> Tensor:
-    return vtc.ops.farthest_first(tokens.features, max(budget)).clamp(max=min(tokens.lengths) - 1)
+def blind_to_padding(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
+    return vtc.Reduction(vtc.ops.farthest_first(tokens.features, max(budget)).clamp(max=min(tokens.lengths) - 1))
 
 
 BATCH_LEAKS: list[tuple[Any, str, Any, vtc.Method]] = [
-    (vtc.Random, "select", one_generator_for_all, vtc.Random(keep=0.4)),
+    (vtc.Random, "reduce", one_generator_for_all, vtc.Random(keep=0.4)),
     (plan, "_ordinals", numbered_in_the_batch, vtc.Random(keep=0.4)),
-    (vtc.DivPrune, "select", relative_to_the_batch, vtc.DivPrune(keep=0.4)),
-    (vtc.DivPrune, "select", blind_to_padding, vtc.DivPrune(keep=0.4)),
+    (vtc.DivPrune, "reduce", relative_to_the_batch, vtc.DivPrune(keep=0.4)),
+    (vtc.DivPrune, "reduce", blind_to_padding, vtc.DivPrune(keep=0.4)),
 ]
 
 
@@ -550,13 +550,13 @@ SYNCS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("sync", SYNCS.values(), ids=SYNCS.keys())
 def test_control_a_sync_in_select_is_found(sync: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = vtc.DivPrune.select
+    real = vtc.DivPrune.reduce
 
-    def waiting(self: vtc.DivPrune, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+    def waiting(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
         sync(tokens.features)
-        return real(self, tokens, budget)
+        return real(self, stage, tokens, budget)
 
-    monkeypatch.setattr(vtc.DivPrune, "select", waiting)
+    monkeypatch.setattr(vtc.DivPrune, "reduce", waiting)
     with pytest.raises(AssertionError, match="waits for the device"):
         check_entry_never_waits(get_model("llava"), batch_of("llava"), vtc.DivPrune(keep=0.4))
 

@@ -20,9 +20,12 @@ from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts
 from vtc.patching import fitted
 from vtc.places import Layer
+from vtc.signals import Cls, ClsLogits, TowerSignal
 from vtc.tokens import Layout
 from vtc.values import shown
 
+SERVED = (Cls(), ClsLogits())
+"""What can be had of a vision tower here, see :mod:`vtc_vllm.signals`."""
 REQUEST_KEEP = "vtc_keep"
 """Name of the per-request keep among ``mm_processor_kwargs``."""
 
@@ -73,6 +76,16 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
         raise ValueError(
             f"{method.name} chooses by the question, which vLLM's encoder never sees: it caches images by their "
             "content. What would work: divprune, todre, idpruner; or transformers with vtc.patch"
+        )
+    if method.merges:
+        raise ValueError(
+            f"{method.name} writes new values into the tokens that stay, which this plugin does not do in vLLM yet. "
+            "What would work: divprune, todre, idpruner; or transformers with vtc.patch"
+        )
+    if odd := [s for s in method.signals() if isinstance(s, TowerSignal) and s not in SERVED]:
+        raise ValueError(
+            f"{method.name} needs {odd[0]}, and in vLLM the vision tower gives the CLS row of its last layer only. "
+            "What would work: divprune, todre, idpruner; or transformers with vtc.patch"
         )
     if type(method) is not GlobalCom2 and method.counts([Layout.plain(4)]) is None:
         raise ValueError(

@@ -106,6 +106,11 @@ def verify(
             "one shorter prompt for all of them. Methods that drop before the language model are verified, such as "
             "'divprune'; they go through the same hooks, masks and caches, so verify one of those on your model"
         )
+    if chosen.merges:
+        raise ValueError(
+            f"{chosen.name!r} writes new values into the tokens that stay, and what verify compares with is a prompt "
+            "from which tokens were left out. Methods that only drop are verified, such as 'divprune'"
+        )
     prompts.check_inputs(parts, inputs)
     subject = f"{type(parts.root).__name__} ({parts.config.model_type}), {chosen}, {parts.root.dtype}, {model.device}"
     with _undisturbed(parts.root):

@@ -86,6 +86,11 @@ class Chain(Method):
         return self.first.query_aware or self.second.query_aware
 
     @property
+    def merges(self) -> bool:  # type: ignore[override]
+        """If one of the two does."""
+        return self.first.merges or self.second.merges
+
+    @property
     def members(self) -> tuple[Method, ...]:
         """The parts, which have the stages."""
         return (*self.first.members, *self.second.members)
