@@ -14,9 +14,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -196,6 +198,7 @@ def main(
     """Start servers, load them in turns, write one row for each model and keep."""
     import torch
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers end too
     torch.set_num_threads(threads)  # as the servers have; provenance tells
     keeps = [1.0, *(float(each) for each in keep.split(","))]
     rows = []
