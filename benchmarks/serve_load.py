@@ -78,7 +78,7 @@ def write_random(folder: Path) -> None:
     model.save_pretrained(written)
     processor.save_pretrained(written)
     checkpoints.to_hub_layout(written, folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(checkpoints.CHAT_TEMPLATE, encoding="utf-8")
+    checkpoints.write_chat_template(folder / "model")
 
 
 @contextlib.contextmanager

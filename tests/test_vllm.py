@@ -92,8 +92,13 @@ def prompt(text, images, keep=None, **more):
 
 def ask(llm, prompts, sampling=GREEDY):
     """Token ids and the log-probability of the first, per prompt."""
-    done = [o.outputs[0] for o in llm.generate(prompts, sampling, use_tqdm=False)]
-    return [(list(o.token_ids), o.logprobs[0][o.token_ids[0]].logprob) for o in done]
+    return [first(output) for output in llm.generate(prompts, sampling, use_tqdm=False)]
+
+
+def first(output):
+    """Of the first completion of a prompt, token ids and the log-probability of the first of them."""
+    (done,) = output.outputs
+    return list(done.token_ids), done.logprobs[0][done.token_ids[0]].logprob
 
 
 @contextlib.contextmanager
@@ -188,6 +193,19 @@ def test_several_images_in_one_prompt(llava, scenes):
     with vtc.patch(model, vtc.DivPrune(keep=0.25)):
         theirs = [answer(model, processor(images=images, text=t, return_tensors="pt"))[0] for t in texts]
     agree(ours, theirs)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.25])
+def test_a_chat_begins_as_a_prompt_does(llava, scenes, keep):
+    """With BOS, which a chat template has to write for vLLM."""
+    asked = [{"role": "user", "content": []} for _ in scenes]
+    for message, q in zip(asked, scenes, strict=True):
+        message["content"] = [{"type": "image_pil", "image_pil": q.image}, {"type": "text", "text": q.prompt[8:]}]
+    kwargs = {"mm_processor_kwargs": {"vtc_keep": keep}, "use_tqdm": False}
+    done = llava.chat([[message] for message in asked], GREEDY, **kwargs)
+    theirs, _ = reference(vtc_tinyvlm, scenes, vtc.DivPrune(keep=keep))
+    agree([first(output) for output in done], theirs)
+    assert {tuple(output.prompt_token_ids[:2]) for output in done} == {(1, 4)}  # <bos>, <image>
 
 
 BAD = [

