@@ -129,7 +129,7 @@ def test_a_temporary_model_ends_with_its_server(stage, number):
         assert os.path.isfile(os.path.join(server["folder"], "config.json"))
         process.send_signal(number)
         assert process.wait(LIMIT) == 3, errors(stage)
-        assert said(stage)[1:] == [f"heard {number}", "folder True"]
+        assert said(stage)[1:] == [f"heard {ENDING[number]}", "folder True"]
         assert os.listdir(stage / "temporary") == []
         assert nobody_of(process.pid)
 
@@ -213,8 +213,8 @@ def test_signals_mean_before_and_after_what_they_meant(alive):
 @pytest.mark.parametrize("number", ENDING)
 def test_a_child_dies_of_the_signal(alive, number):
     with Relay() as relay:
-        code = f"signal.signal({number}, signal.SIG_DFL); os.kill(os.getppid(), {number}); time.sleep(60)"
-        assert relay.run(child(code)) == 128 + number
+        code = f"signal.signal({ENDING[number]}, signal.SIG_DFL); os.kill(os.getppid(), {number}); time.sleep(60)"
+        assert relay.run(child(code)) == 128 + ENDING[number]
         assert relay.heard == number
 
 

@@ -8,12 +8,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-"""What asks a process to end: `docker stop` and systemd, Ctrl-C, a terminal that closes."""
+ENDING: dict[int, int] = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT}
+"""What asks a process to end (`docker stop` and systemd, Ctrl-C, a terminal that closes), and what its child gets."""
+if hasattr(signal, "SIGHUP"):  # of which vLLM's server dies at once, and its engine lives on
+    ENDING[signal.SIGHUP] = signal.SIGTERM
 
 
 class Relay:
-    """While the block runs, a signal of :data:`ENDING` ends the child that was started here instead of this process.
+    """While the block runs, a signal of :data:`ENDING` goes to the child that was started here, and ends nothing here.
 
     So the block is left in order, and what it has on disk is cleaned up. A signal that is ignored (``nohup``) stays
     ignored. In a thread, which hears no signals, nothing changes.
@@ -25,7 +27,7 @@ class Relay:
     def __init__(self) -> None:
         self.heard = 0
         self._child: subprocess.Popen[bytes] | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Relay:
         if threading.current_thread() is threading.main_thread():
@@ -40,8 +42,11 @@ class Relay:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = number
-        if self._child is not None:
-            self._child.send_signal(number)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._child is not None and self.heard:
+            self._child.send_signal(ENDING[self.heard])
 
     def start(self, command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
         """Start the child; settings are those of :class:`subprocess.Popen`.
@@ -50,8 +55,7 @@ class Relay:
             OSError: it cannot be started.
         """
         self._child = subprocess.Popen(command, **settings)
-        if self.heard:  # it came before there was a child to tell
-            self._child.send_signal(self.heard)
+        self._tell()  # a signal that came before there was a child
         return self._child
 
     def run(self, command: list[str]) -> int:
