@@ -27,7 +27,7 @@ from vtc.methods.registry import _REGISTRY
 from vtc.models import resolve
 from vtc.signals import Cls, ClsLogits
 from vtc.tokens import Layout, VisualTokens
-from vtc_vllm import positions
+from vtc_vllm import positions, requests
 from vtc_vllm.checkpoints import hub_name
 from vtc_vllm.globalcom2 import FixedGlobalCom2, divided
 from vtc_vllm.selection import Selector, picks, settle
@@ -418,6 +418,7 @@ def test_the_command_that_serves(tmp_path):
     overrides = json.loads(built[built.index("--hf-overrides") + 1])
     assert overrides["architectures"] == ["VTCLlavaForConditionalGeneration"]
     assert read(overrides["vtc"]) == config
+    assert built[built.index("--middleware") + 1] == f"{requests.__name__}.Fields"
     assert built[-2:] == ["--seed", "3"]
     with pytest.raises(ValueError, match="hf-overrides"):
         command(str(tmp_path), config, "127.0.0.1", 8123, ["--hf-overrides={}"])

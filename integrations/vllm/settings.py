@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -22,12 +22,27 @@ from vtc.patching import fitted
 from vtc.places import Layer
 from vtc.signals import Cls, ClsLogits, TowerSignal
 from vtc.tokens import Layout
-from vtc.values import shown
+from vtc.values import shortened, shown
 
 SERVED = (Cls(), ClsLogits())
 """What can be had of a vision tower here, see :mod:`vtc_vllm.signals`."""
 REQUEST_KEEP = "vtc_keep"
 """Name of the per-request keep among ``mm_processor_kwargs``."""
+
+
+def places(value: Any) -> Iterator[str]:
+    """Where in a JSON value names stand that are meant for vtc, such as ``messages[0].content[1].vtc_keep``."""
+    todo = [("", value)]
+    while todo:
+        at, value = todo.pop()
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                if str(name).lower().startswith("vtc"):
+                    yield f"{at}{name}"
+                else:
+                    todo.append((f"{at}{name}.", inner))
+        elif isinstance(value, list):
+            todo += [(f"{at.removesuffix('.')}[{i}].", inner) for i, inner in enumerate(value)]
 
 
 def read(entry: Any) -> CompressionConfig:
@@ -101,11 +116,31 @@ def with_keep(method: Method, keep: Keep) -> Method:
     Raises:
         ValueError: keep out of range, or no number.
     """
+    keep = request_keep(keep)
+    return method if _same(keep, method.keep) else dataclasses.replace(method, keep=keep)
+
+
+def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Look for names in ``mm_processor_kwargs`` that are meant for vtc, and that nothing reads.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for place in places(kwargs):
+        if place != REQUEST_KEEP:
+            raise ValueError(f"{shortened(place)} in mm_processor_kwargs: all that vtc knows there is {REQUEST_KEEP}")
+
+
+def request_keep(value: Any) -> Keep:
+    """The keep that a request asks for.
+
+    Raises:
+        ValueError: out of range, or no number.
+    """
     try:
-        keep = check_keep(keep)
+        return check_keep(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{REQUEST_KEEP} of this request: {error}") from None
-    return method if _same(keep, method.keep) else dataclasses.replace(method, keep=keep)
 
 
 def _same(a: Keep, b: Keep) -> bool:
