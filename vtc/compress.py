@@ -188,20 +188,21 @@ def _check(parts: Parts, call: Arguments) -> None:
         )
     mask = call[MASK]
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(ids)):
-        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        given = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"the attention mask must be [{len(ids)}, columns], beside ids {tuple(ids.shape)}; got {given}"
         )
     positions = call[POSITIONS]
     if positions is not None and (not isinstance(positions, Tensor) or positions.shape[-1:] != ids.shape[-1:]):
-        given = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        given = str(tuple(positions.shape)) if isinstance(positions, Tensor) else type(positions).__name__
         raise ValueError(f"position ids must have {ids.shape[1]} columns, as the token ids; got {given}")
 
 
 def _encode(chooser: Chooser, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the encoders as ``generate`` does, listening; also return the arguments they used up."""
     adapter, parts = chooser.adapter, chooser.parts
-    outputs, used = {}, {}
+    outputs: dict[str, Any] = {}
+    used: dict[str, Any] = {}
     for modality in MODALITIES:
         encode = modules.encoder_of(parts.base, modality)
         names = [] if encode is None else modules.parameters_of(encode)
@@ -254,7 +255,8 @@ def _shorten(
     short = parts.spellings.base.bind((), aligned)
     if (labels := short[LABELS]) is not None:
         short[LABELS] = labels.masked_fill(~compact.valid.to(labels.device), -100)
-    short[IDS] = compact.sequence(ids).masked_fill(~compact.valid, parts.root.generation_config.pad_token_id or 0)
+    pad = generation.pad_token_of(parts.root)
+    short[IDS] = compact.sequence(ids).masked_fill(~compact.valid, pad)
     short[MASK] = compact.valid.long() if compact.holes or mask is not None else None
     if (old := call[POSITIONS]) is not None:
         kept = compact.positions(old)

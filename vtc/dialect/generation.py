@@ -122,3 +122,8 @@ def decoding_loop(root: Any, generation_config: Any) -> Callable[..., Any]:
     if mode not in _LOOPS:
         raise NotImplementedError(f"vtc.generate decodes greedily, by sampling or with beams, not by {mode}")
     return _LOOPS[mode].find(root)
+
+
+def pad_token_of(root: Any) -> int:
+    """The id that fills holes in ids; what it is makes no difference where a mask hides it."""
+    return getattr(root.generation_config, "pad_token_id", None) or 0

@@ -39,7 +39,7 @@ class Parts:
     """
 
     root: nn.Module
-    base: nn.Module
+    base: Any
     decoder: nn.Module
     placeholders: Mapping[str, int]
     spellings: Spellings
@@ -129,7 +129,7 @@ class Adapter:
         ids = {modality: modules.placeholder_id(config, modality) for modality in MODALITIES}
         return {modality: token for modality, token in ids.items() if token is not None}
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         """The structure of each image's tokens.
 
         Args:
@@ -160,12 +160,12 @@ class Adapter:
             has_thumbnail=self.has_thumbnail,
         )
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""
         return None
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         """Values of the tower's patches, sent the way that the features go.
 

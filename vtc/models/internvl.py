@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtc.dialect.towers import Tower
 from vtc.models import clip
@@ -31,11 +31,11 @@ class InternVL(Adapter):
             segments.append(Segment(kind, sum(t.length for t in tiles[:index]), tile.length, square(tile.length)))
         return Layout(sum(t.length for t in tiles), tuple(segments))
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower)
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         side = square(values.shape[1])
         if side is None or clip.keeps_cls(base, arguments):

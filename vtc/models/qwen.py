@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from vtc.models.base import Adapter, register_model
 from vtc.tokens import Layout, Segment
@@ -25,7 +24,7 @@ class Grids(Adapter):
     }
     notes = "3-D positions: positions='original' only; DeepStack features follow the kept tokens"
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         grids = arguments.get(f"{modality}_grid_thw")
         if grids is None:
             return super().layouts(base, modality, lengths, arguments)
