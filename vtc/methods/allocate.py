@@ -159,7 +159,7 @@ class Allocate(Allocator):
         selector: the method that chooses; its own ``keep`` and ``newlines`` do not count.
     """
 
-    selector: Method = _SELECTOR  # type: ignore[assignment]
+    selector: Method = _SELECTOR
     by: Literal["uniform", "image", "frame"] = "uniform"
 
     name: ClassVar[str] = "allocate"

@@ -10,7 +10,7 @@ from torch import Tensor
 from vtc.dialect.towers import Tower
 from vtc.models import clip
 from vtc.models.base import Adapter, register_model, square
-from vtc.tokens import Layout, Segment
+from vtc.tokens import Kind, Layout, Segment
 
 
 @register_model
@@ -27,7 +27,7 @@ class InternVL(Adapter):
             return tiles[0]
         segments: list[Segment] = []
         for index, tile in enumerate(tiles):
-            kind = "thumbnail" if index == len(tiles) - 1 else "crops"
+            kind: Kind = "thumbnail" if index == len(tiles) - 1 else "crops"
             segments.append(Segment(kind, sum(t.length for t in tiles[:index]), tile.length, square(tile.length)))
         return Layout(sum(t.length for t in tiles), tuple(segments))
 

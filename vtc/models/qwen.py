@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtc.models.base import Adapter, register_model
-from vtc.tokens import Layout, Segment
+from vtc.tokens import Kind, Layout, Segment
 
 
 @register_model
@@ -32,7 +32,7 @@ class Grids(Adapter):
         sizes = [(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
         if [t * rows * columns for t, rows, columns in sizes] != lengths:
             return [Layout.plain(n) for n in lengths]  # e.g. frames handed over one by one
-        kind = "image" if modality == "image" else "frame"
+        kind: Kind = "image" if modality == "image" else "frame"
         return [
             Layout(
                 t * rows * columns,

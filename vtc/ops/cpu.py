@@ -38,9 +38,9 @@ def exact_float32() -> bool:
     """Whether torch multiplies float32 matrices in float32, and not in a shorter type that it was allowed to use."""
     if any(os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT").upper() != "STRICT" for name in ("ONEDNN", "DNNL")):
         return False
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where asking for the older setting may raise
-        return matmul.fp32_precision in ("none", "ieee")
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if (precision := getattr(matmul, "fp32_precision", None)) is not None:  # torch >= 2.9, where the older may raise
+        return precision in ("none", "ieee")
     return torch.get_float32_matmul_precision() == "highest"
 
 
