@@ -32,8 +32,8 @@ from vtc.engine.compiled import between_graphs, saying_prepared
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
-from vtc.engine.layers import unfit_for
 from vtc.engine.opening import Opening
+from vtc.engine.probe import unfit_for, unfit_tower
 from vtc.engine.taps import CLS_TAPS
 from vtc.methods import Method, make_method
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
@@ -273,6 +273,8 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
             f"(its vision tower is {parts.vision_tower}). "
             f"What would work: {method.remedy}"
         )
+    if (reason := unfit_tower(adapter, parts, method.needs)) is not None:
+        raise UnsupportedModelError(f"method {method.name!r} reads CLS rows, and {reason}. What works: {method.remedy}")
     stages = method.stages(facts.depth)
     if positions == "compact" and parts.rotates_in_3d:
         raise ValueError(

@@ -9,7 +9,7 @@ have work only where rows kept different counts, or the cache has a fixed size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +20,15 @@ from torch import Tensor, nn
 from vtc.dialect import attention
 from vtc.dialect.arguments import CACHE, HIDDEN, MASK, POSITIONS, ROTARY, Arguments, Role, Spelling
 from vtc.dialect.caches import mask_sizes, physical_length, stored_keys
-from vtc.dialect.masks import (
-    attention_kinds,
-    causal_mask,
-    last_layer_before_reuse,
-    layer_type,
-    shared_layers,
-    window_of,
-)
+from vtc.dialect.masks import causal_mask, layer_type, window_of
 from vtc.engine import taps
 from vtc.engine.compaction import Columns
 from vtc.engine.context import Frame, running_frame
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, slot_map, stage_of
+from vtc.engine.probe import recipes, row_layers
 from vtc.methods import Method
-from vtc.methods.base import Stage, surviving
+from vtc.methods.base import surviving
 from vtc.methods.returns import check_scores
 from vtc.models import Parts
 
@@ -46,12 +40,10 @@ class LayerStages:
         self.parts, self.method = parts, method
         self.stages = method.stages(len(parts.layers))
         """Where tokens leave, by rising layer."""
-        self.row_layers: dict[int, frozenset[str]] = {}
-        """Attention signals wanted, by the layer whose projections make them."""
-        for stage in self.stages:
-            if wanted := stage.signals & taps.ROW_SIGNALS:
-                layer = stage.after if stage.attention is None else stage.attention
-                self.row_layers[layer] = self.row_layers.get(layer, frozenset()) | wanted
+        self.row_layers = row_layers(self.stages)
+        """Attention signals wanted, by the layer whose queries and keys make them."""
+        self.recipes = recipes(parts, self.row_layers)
+        """How these layers make them."""
         self.reads_positions = parts.reads_positions
         self.transition_layers = frozenset(layer for stage in self.stages for layer in stage.transitions)
 
@@ -182,11 +174,11 @@ class LayerStages:
         fitted = _Call(call.hidden, tuple(map(fit, call.others)), call.named.copy())
         for name, value in call.named.named.items():
             fitted.named.named[name] = fit(value)
-        rotary = call[ROTARY]
-        if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
-            parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
-            inside.rotary[id(rotary)] = present.sequences(*parts)
-        fitted[ROTARY] = inside.rotary[id(rotary)]
+        if (rotary := call[ROTARY]) is not None:
+            if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
+                parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
+                inside.rotary[id(rotary)] = present.sequences(*parts)
+            fitted[ROTARY] = inside.rotary[id(rotary)]
         ids = call[POSITIONS]
         fitted[POSITIONS] = present.positions(ids) if ids is not None and self.reads_positions else None
         fitted[MASK] = self._mask(index, frame, call)
@@ -235,6 +227,7 @@ class LayerStages:
         rows_at = functools.partial(
             taps.Rows.of,
             layer,
+            self.recipes[index],
             call.hidden.detach(),
             call[ROTARY],
             self._positions(call),
@@ -326,23 +319,3 @@ class _Call:
 def _before(frame: Frame, slots: Any, past: int) -> Tensor | None:
     """The 2-D padding mask over the logical columns that were stored before this call."""
     return None if frame.logical is None else frame.logical[:, : past + slots.removed]
-
-
-def unfit_for(parts: Parts, stages: Sequence[Stage]) -> str | None:
-    """Why tokens cannot leave this language model at these stages, ``None`` if they can."""
-    config = parts.decoder.config
-    kinds = attention_kinds(config) or []
-    if odd := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind or "chunked" in kind}):
-        return f"this one has {', '.join(odd)} layers, whose state has no single tokens to leave out"
-    first = attention.self_attention(parts.layers[0])
-    if any(stage.signals & taps.ROW_SIGNALS for stage in stages) and not attention.has_projections(first):
-        return f"its attention ({type(first).__name__}) has no q_proj and k_proj to recompute rows from"
-    if any(stage.transitions for stage in stages) and (first is None or attention.mlp(parts.layers[0]) is None):
-        return "its layers have no attention and mlp to watch"
-    last = last_layer_before_reuse(config, len(parts.layers))
-    if last is not None and (late := [stage.after for stage in stages if stage.after > last]):
-        return (
-            f"its last {shared_layers(config)} layers reuse keys of layer {last}, which would still hold what leaves "
-            f"after layer {late[0]}; stages up to {last} work"
-        )
-    return None
