@@ -359,6 +359,72 @@ def test_a_trial_costs_nothing_at_any_size() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100 * 1024  # KiB
 
 
+# ------------------------------------------------------------------------------------- what no method could be right in
+
+
+def minimax(sparse: bool) -> Any:
+    text = {
+        **zoo_models._text(head_dim=8),
+        "layer_types": ["full_attention", "minimax_m3_sparse" if sparse else "full_attention", "full_attention"],
+        "mlp_layer_types": ["dense"] * 3,
+        "dense_intermediate_size": 64,
+        "rotary_dim": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_block_size": 4,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 2}
+    with torch.device("meta"):
+        return tf.MiniMaxM3SparseForConditionalGeneration(
+            tf.MiniMaxM3VLConfig(text_config=text, vision_config=vision, image_token_id=zoo_models.IMAGE)
+        )
+
+
+def test_blocks_of_keys_picked_by_position_are_refused() -> None:
+    for model in (minimax(True), minimax(True).model):
+        assert "layer 1 picks blocks of keys by the positions of tokens" in refusal(model, "divprune", keep=0.5)
+    vtc.patch(minimax(False), "divprune", keep=0.5).unpatch()  # without an indexer it is a model like others
+
+
+def granite() -> Any:
+    text = {"model_type": "granite4_vision_text", **zoo_models._text()}
+    vision = zoo_models._clip(hidden_size=64, num_attention_heads=1).to_dict()
+    config = tf.Granite4VisionConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=zoo_models.IMAGE,
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0]],
+        spatial_target_layers=[1, 1, 2, 2],
+    )
+    with torch.device("meta"):
+        return tf.Granite4VisionForConditionalGeneration(config)
+
+
+def test_features_that_only_layers_see_are_refused() -> None:
+    """It was accepted, pruned nothing, and said that no image had been encoded."""
+    for model in (granite(), granite().model):
+        assert "image features do not enter the language model" in refusal(model, "divprune", keep=0.5)
+
+
+class OneForAll(tf.InternVLModel):
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().get_image_features(*args, **kwargs)
+        output.pooler_output = output.pooler_output.flatten(0, 1)  # whose they are, nobody can tell
+        return output
+
+
+@torch.no_grad()
+def test_a_warning_says_what_is_missing() -> None:
+    model = copy.deepcopy(get_model("internvl"))
+    model.model.__class__ = OneForAll
+    text = r"in the \w+ that its encoder returned are no features of single images: nothing is pruned"
+    with vtc.patch(model, "divprune", keep=0.5) as patch, pytest.warns(UserWarning, match=text):
+        model(**make_batch("internvl"))
+    assert patch.last_keep is None
+
+
 # --------------------------------------------------------------------------------------------------------- the tower
 
 

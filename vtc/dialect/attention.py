@@ -188,6 +188,13 @@ def reads_positions(layer: nn.Module) -> bool:
     return attention is not None and _computes_with_positions(type(attention))
 
 
+def picks_blocks(layer: nn.Module) -> bool:
+    """Whether an indexer in a layer's attention cuts the keys into blocks and finds a token's own by its position."""
+    attention = self_attention(layer)
+    children = [] if attention is None else attention.children()
+    return any(hasattr(child, "block_size") and _computes_with_positions(type(child)) for child in children)
+
+
 @functools.cache
 def _computes_with_positions(attention: type[nn.Module]) -> bool:
     spelled = set(POSITIONS.names)

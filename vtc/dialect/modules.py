@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.dialect import caches, heads, masks
-from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, HIDDEN, IDS, MASK, POSITIONS, ROTARY, Spelling
+from vtc.dialect import attention, caches, heads, masks
+from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, HIDDEN, IDS, INSTEAD, MASK, POSITIONS, ROTARY, Spelling
 from vtc.dialect.compilers import uncompiled
 
 _BASE = (IDS, EMBEDS, MASK, CACHE)
@@ -96,6 +96,16 @@ def violations(model: Any) -> Iterator[str]:
         return
     if Spelling(layers_of(decoder)[0].forward, "").name(ROTARY) is None:
         yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"
+    if Spelling(decoder.forward, "").name(INSTEAD) is not None:
+        yield (
+            "its image features do not enter the language model: placeholders enter as zeros, and features are added "
+            "to them between the layers, where nothing tells which of them a method would keep"
+        )
+    if (layer := next((i for i, x in enumerate(layers_of(decoder)) if attention.picks_blocks(x)), None)) is not None:
+        yield (
+            f"its layer {layer} picks blocks of keys by the positions of tokens, and behind dropped tokens positions "
+            "and keys are no longer the same"
+        )
     if (reason := heads.unknown_head(model, base)) is not None:
         yield reason
 

@@ -40,6 +40,7 @@ class Frame:
         later_masks: masks made in a decode step, by (first layer of the stage, layer type).
         adopted: the cache that was prepared for a prompt which lost tokens, until it was checked.
         stored: how long its layers must be afterwards, by the first layer of each stage.
+        featureless: the class of what an encoder returned, where no features of single images were found in it.
         asked: what the root was called with, by name, where its head counts columns of the prompt.
     """
 
@@ -58,6 +59,7 @@ class Frame:
     later_masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
     adopted: Any = None
     stored: dict[int, int] = field(default_factory=dict)
+    featureless: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
