@@ -407,15 +407,21 @@ def implementations(model: Any) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def check_attention_is_left_alone(model: Any, batch: Batch) -> None:
-    """Every layer attends as often as in the unpatched model, as configured, and keeps its weights to itself."""
+    """Every layer attends as often as in the unpatched model, as configured, and keeps its weights to itself.
+
+    Patching is not watched: it tries rows out on stand-ins (test_probe.py), which do attend eagerly.
+    """
     model.set_attn_implementation("sdpa")
     model.generate(**batch, **SHORT)  # loads what is loaded lazily
     with watching_attention(model) as unpatched:
         model.generate(**batch, **SHORT)
     adapter, parts = resolve(model)
     method = vtc.ToDRE(keep=0.5, pivot="cls" if adapter.gives(parts, Cls()) else "random")
-    with watching_attention(model) as patched, vtc.patch(model, method) as patch:
-        model.generate(**batch, **SHORT)
+    configured = implementations(model)
+    with vtc.patch(model, method) as patch:
+        assert implementations(model) == configured
+        with watching_attention(model) as patched:
+            model.generate(**batch, **SHORT)
         assert patch.last_keep
     assert unpatched, "no layer attends through the registry: nothing was watched"
     assert patched == unpatched

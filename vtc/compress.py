@@ -56,7 +56,8 @@ def compress_inputs(
         returns begins with these shortened ids.
 
     Raises:
-        NotImplementedError: this transformers has no ``mm_encoder_outputs`` for the family; use :func:`vtc.patch`.
+        NotImplementedError: the model does not generate, or this transformers has no ``mm_encoder_outputs`` for the
+            family; use :func:`vtc.patch`.
         ValueError: as :func:`vtc.patch`; or the model is patched; or the inputs are no prompt of the model.
     """
     if patch_of(model) is not None:
@@ -154,6 +155,11 @@ def generate(
 
 
 def _takes_features(parts: Parts) -> None:
+    if not generation.generates(parts.root):
+        raise NotImplementedError(
+            f"a shortened prompt is one for generate, and {type(parts.root).__name__} does not generate; "
+            "vtc.patch(model, ...) serves classifiers, retrievers and base models"
+        )
     if not modules.takes_encoded(parts.base):
         import transformers
 

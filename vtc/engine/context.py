@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtc.engine.compaction import Compaction
+from vtc.engine.compaction import Columns, Compaction
 from vtc.engine.locate import Encoded
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Frame:
         later_masks: masks made in a decode step, by (first layer of the stage, layer type).
         adopted: the cache that was prepared for a prompt which lost tokens, until it was checked.
         stored: how long its layers must be afterwards, by the first layer of each stage.
+        featureless: the class of what an encoder returned, where no features of single images were found in it.
+        asked: what the root was called with, by name, where its head counts columns of the prompt.
     """
 
     owner: Any
@@ -56,6 +58,14 @@ class Frame:
     later_masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
     adopted: Any = None
     stored: dict[int, int] = field(default_factory=dict)
+    featureless: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def left(self) -> Columns | None:
+        """The columns of a pruned prompt that reach the end of the language model, ``None`` if nothing left."""
+        passed = [] if self.inside is None else self.inside.history
+        return passed[-1] if passed else self.compaction
 
     def see_padding(self, width: int) -> None:
         """Read from ``mask`` how many of the last ``width`` columns are real: a host sync."""

@@ -83,7 +83,10 @@ def listening(
 
     @between_graphs
     def hear(output: Any, recorded: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frame = running_frame(parts)
         if (lengths := feature_lengths(output)) is None:
+            if frame is not None:
+                frame.featureless = type(output).__name__
             return
         arguments = _flat(signature, args, kwargs)
         layouts = adapter.layouts(base, modality, lengths, arguments)
@@ -95,7 +98,7 @@ def listening(
         setattr(output, _ATTACHED, encoded)
         if memory is not None:
             memory.keep(modality, output, encoded)
-        if (frame := running_frame(parts)) is not None:
+        if frame is not None:
             frame.encoded[modality] = encoded
 
     @functools.wraps(encode)

@@ -80,7 +80,10 @@ class EntryStage:
         decision = plan(self.chooser, frame, embeds)
         if decision is None:
             if physical_length(cache) == 0:
-                self.say_once("this prompt has image placeholders, but no image was encoded for it: nothing is pruned")
+                fault = "no image was encoded for it"
+                if frame.featureless is not None:
+                    fault = f"in the {frame.featureless} that its encoder returned are no features of single images"
+                self.say_once(f"this prompt has image placeholders, but {fault}: nothing is pruned")
             return (), call.named
         lengths = tuple(frame.lengths or [embeds.shape[1]] * embeds.shape[0])
         if decision.drops or self.layers.steps:

@@ -91,9 +91,8 @@ def pruning_labels(loss: Callable[..., Any], owner: Any) -> Callable[..., Any]:
     @between_graphs
     def shortened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         frame = running_frame(owner)
-        if frame is not None and frame.compaction is not None:
-            passed = frame.inside.history if frame.inside is not None else []
-            shorten = (passed[-1] if passed else frame.compaction).labels
+        if frame is not None and frame.compaction is not None and frame.left is not None:
+            shorten = frame.left.labels
             shape = frame.compaction.keep.shape
             args = tuple(shorten(a) if _are_labels(a, shape) else a for a in args)
             kwargs = {name: shorten(v) if _are_labels(v, shape) else v for name, v in kwargs.items()}

@@ -20,18 +20,12 @@ from torch import Tensor, nn
 from vtc.dialect import attention
 from vtc.dialect.arguments import CACHE, HIDDEN, MASK, POSITIONS, ROTARY, Arguments, Role, Spelling
 from vtc.dialect.caches import mask_sizes, physical_length, stored_keys
-from vtc.dialect.masks import (
-    attention_kinds,
-    causal_mask,
-    last_layer_before_reuse,
-    layer_type,
-    shared_layers,
-    window_of,
-)
+from vtc.dialect.masks import causal_mask, layer_type, window_of
 from vtc.engine.compaction import Columns
 from vtc.engine.context import Frame, running_frame
 from vtc.engine.inside import Inside, Passed
 from vtc.engine.lengths import adopt, slot_map, stage_of
+from vtc.engine.probe import recipes
 from vtc.engine.rows import AttentionRows
 from vtc.methods.returns import check_scores
 from vtc.methods.stages import Step
@@ -58,6 +52,8 @@ class LayerStages:
                 self.watched.setdefault(layer, []).append(signal)
             if not layers:
                 self.read_at.setdefault(signal.layer, []).append(signal)
+        self.recipes = recipes(parts, {s.layer for s in needs if s.needs_rows})
+        """How the layers whose attention is asked for make queries and keys."""
         self.reads_positions = parts.reads_positions
 
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any], bool]]:
@@ -192,11 +188,11 @@ class LayerStages:
         fitted = _Call(call.hidden, tuple(map(fit, call.others)), call.named.copy())
         for name, value in call.named.named.items():
             fitted.named.named[name] = fit(value)
-        rotary = call[ROTARY]
-        if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
-            parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
-            inside.rotary[id(rotary)] = present.sequences(*parts)
-        fitted[ROTARY] = inside.rotary[id(rotary)]
+        if (rotary := call[ROTARY]) is not None:
+            if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
+                parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
+                inside.rotary[id(rotary)] = present.sequences(*parts)
+            fitted[ROTARY] = inside.rotary[id(rotary)]
         ids = call[POSITIONS]
         fitted[POSITIONS] = present.positions(ids) if ids is not None and self.reads_positions else None
         fitted[MASK] = self._mask(index, frame, call)
@@ -287,6 +283,7 @@ class _View:
         project = functools.partial(
             AttentionRows.of,
             layer,
+            stages.recipes[index],
             hidden,
             call[ROTARY],
             stages.positions(call),
@@ -343,24 +340,3 @@ def _after(step: Step) -> int:
     """How many layers run before a step between layers."""
     assert isinstance(step.stage.at, Layer)
     return step.stage.at.after
-
-
-def unfit_for(parts: Parts, steps: Sequence[Step]) -> str | None:
-    """Why tokens cannot leave this language model at these stages, ``None`` if they can."""
-    config = parts.decoder.config
-    kinds = attention_kinds(config) or []
-    if odd := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind or "chunked" in kind}):
-        return f"this one has {', '.join(odd)} layers, whose state has no single tokens to leave out"
-    first = attention.self_attention(parts.layers[0])
-    signals = [s for step in steps for s in step.stage.needs if isinstance(s, DecoderSignal)]
-    if any(signal.needs_rows for signal in signals) and not attention.has_projections(first):
-        return f"its attention ({type(first).__name__}) has no q_proj and k_proj to recompute rows from"
-    if any([*signal.watched()] for signal in signals) and (first is None or attention.mlp(parts.layers[0]) is None):
-        return "its layers have no attention and mlp to watch"
-    last = last_layer_before_reuse(config, len(parts.layers))
-    if last is not None and (late := [_after(step) for step in steps if _after(step) > last]):
-        return (
-            f"its last {shared_layers(config)} layers reuse keys of layer {last}, which would still hold what leaves "
-            f"after layer {late[0]}; stages up to {last} work"
-        )
-    return None

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vtc.dialect import modules
 from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, IDS, LOGITS, MASK, Arguments
 from vtc.dialect.caches import physical_length
-from vtc.engine import masks
+from vtc.dialect.heads import Head
+from vtc.engine import heads, masks
 from vtc.engine.context import FRAME, PREPARED_MASKS, Frame, is_bypassed, is_running, running_frame
 from vtc.engine.encode import attached
 from vtc.engine.entry import EntryStage
@@ -28,6 +29,7 @@ class Opening:
 
     def __init__(self, stage: EntryStage) -> None:
         self.stage, self.parts = stage, stage.parts
+        self.head = stage.parts.head
 
     # -- the root -------------------------------------------------------------------------------------------------
 
@@ -38,6 +40,9 @@ class Opening:
         frame = Frame(self.parts)
         FRAME.set(frame)
         call = self.parts.spellings.root.bind(args, kwargs)
+        if self.head is not Head.TOKENWISE:
+            frame.asked = call.named
+            return None
         wanted = call[LOGITS]
         if wanted is None or (isinstance(wanted, int) and wanted < 1):
             return None
@@ -47,10 +52,13 @@ class Opening:
         call[LOGITS] = 0
         return (), call.named
 
-    @staticmethod
-    def after_root(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Close the frame, also when the forward pass raised."""
+    def after_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Close the frame, also when the forward pass raised; vectors of dropped tokens leave what is returned."""
+        frame = running_frame(self.parts)
         FRAME.set(None)
+        if frame is None or frame.compaction is None or output is None or self.head is not Head.VECTORS:
+            return None
+        return heads.shortened(output, frame)
 
     # -- the base model -------------------------------------------------------------------------------------------
 
@@ -65,7 +73,7 @@ class Opening:
         call = self.parts.spellings.base.bind(args, kwargs)
         self._see_masks(frame, call)
         if _width(call) > 1:
-            self._see_placeholders(frame, call)
+            self._see_placeholders(frame, call, base)
         return (), call.named
 
     def _see_masks(self, frame: Frame, call: Arguments) -> None:
@@ -87,8 +95,9 @@ class Opening:
             if mask is None or mask.shape[1] == length + slots.removed:
                 call[MASK] = frame.mask = slots.physical_mask(mask, length)
 
-    def _see_placeholders(self, frame: Frame, call: Arguments) -> None:
-        ids, embeds = call[IDS], call[EMBEDS]
+    def _see_placeholders(self, frame: Frame, call: Arguments, base: nn.Module) -> None:
+        merged = call[IDS] is None and IDS.read(frame.asked) is not None  # the root has embedded its ids itself
+        ids, embeds = IDS.read(frame.asked) if merged else call[IDS], call[EMBEDS]
         for modality, token in self.parts.placeholders.items():
             where = ids == token if ids is not None else _embedded(self.parts.base, embeds, token)
             if (host := where.cpu()).any():
@@ -98,6 +107,10 @@ class Opening:
                 encoded := attached(self.stage.adapter, self.parts.base, modality, output, self.stage.memory)
             ) is not None:
                 frame.encoded[modality] = encoded
+        if merged:
+            frame.encoded |= heads.merged_before(self.stage.adapter, self.parts, frame)
+        if frame.placeholders and self.parts.root is self.parts.base and (caller := heads.caller_of(base)) is not None:
+            heads.check_caller(caller, base)
         frame.see_padding(_width(call))
         if ids is None and not frame.placeholders and not physical_length(call[CACHE]):
             self.stage.say_once(
@@ -107,12 +120,17 @@ class Opening:
             )
 
     def after_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hidden states of the columns whose logits the caller wants, as columns of the prompt.
+        """Hidden states of the columns whose logits the caller wants, as columns of the prompt; of all, if heads count.
 
         Raises:
-            IndexError: one of them was dropped.
+            IndexError: one that is wanted was dropped.
         """
-        if (frame := running_frame(self.parts)) is None or frame.wanted is None:
+        if (frame := running_frame(self.parts)) is None:
+            return None
+        if frame.asked and frame.compaction is not None:
+            hidden = heads.whole(self.head, self.parts.root, frame, modules.last_hidden(output))
+            return modules.with_last_hidden(output, hidden)
+        if frame.wanted is None:
             return None
         if isinstance(frame.wanted, int) and frame.wanted == 1 and (frame.compaction is None or not frame.pad_right):
             return None
@@ -121,8 +139,8 @@ class Opening:
         columns = _columns(frame.wanted, width, hidden.device)
         if frame.compaction is None:
             return modules.with_last_hidden(output, hidden[:, columns])
-        left = frame.inside.history[-1] if frame.inside is not None and frame.inside.history else frame.compaction
-        slots = left.slots(width)[:, columns]
+        assert frame.left is not None
+        slots = frame.left.slots(width)[:, columns]
         gone = slots < 0
         if frame.mask is not None:  # of padding nobody wants to know
             gone &= frame.mask[:, -width:].bool().to(gone.device)[:, columns]
