@@ -29,7 +29,7 @@ from zoo import FAMILIES, GREEDY, Batch, get_model, make_batch
 
 import vtc
 from vtc import patching
-from vtc.engine import context, entry, generation, lengths, opening, plan
+from vtc.engine import choosing, context, entry, generation, lengths, opening
 from vtc.engine.entry import EntryStage
 from vtc.methods.base import image_seed
 
@@ -363,7 +363,7 @@ def blind_to_padding(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[
 
 BATCH_LEAKS: list[tuple[Any, str, Any, vtc.Method]] = [
     (vtc.Random, "reduce", one_generator_for_all, vtc.Random(keep=0.4)),
-    (plan, "_ordinals", numbered_in_the_batch, vtc.Random(keep=0.4)),
+    (choosing, "_ordinals", numbered_in_the_batch, vtc.Random(keep=0.4)),
     (vtc.DivPrune, "reduce", relative_to_the_batch, vtc.DivPrune(keep=0.4)),
     (vtc.DivPrune, "reduce", blind_to_padding, vtc.DivPrune(keep=0.4)),
 ]
@@ -478,14 +478,14 @@ def device_cache(cache: Any) -> Any:
     return cache
 
 
-def device_frame(frame: context.Frame) -> context.Frame:
+def device_call(running: context.Call) -> context.Call:
     """What is on the device in reality. The placeholders are not: where they stand is read once, in the base hook,
     and that is the documented sync. So `locate` works on host tensors here as there."""
     encoded = {
         modality: dataclasses.replace(e, signals={k: on_device(list(v)) for k, v in e.signals.items()})
-        for modality, e in frame.encoded.items()
+        for modality, e in running.encoded.items()
     }
-    return dataclasses.replace(frame, mask=on_device(frame.mask), encoded=encoded)
+    return dataclasses.replace(running, mask=on_device(running.mask), encoded=encoded)
 
 
 def check_entry_never_waits(model: Any, batch: Batch, method: vtc.Method, positions: str = "original") -> None:
@@ -498,16 +498,16 @@ def check_entry_never_waits(model: Any, batch: Batch, method: vtc.Method, positi
     real, pruned = EntryStage.before_decoder, []
 
     def twice(self: EntryStage, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        cache, frame, last = kwargs.get(CACHE), context.FRAME.get(), self.last
+        cache, running, last = kwargs.get(CACHE), context.RUNNING.get(), self.last
         call = on_device({k: v for k, v in kwargs.items() if k != CACHE})
-        token = context.FRAME.set(device_frame(frame))
+        token = context.RUNNING.set(device_call(running))
         try:
             with NoBlockingCopies():
                 call = real(self, decoder, args, call | {CACHE: device_cache(cache)})[1]
         except (RuntimeError, NotImplementedError) as error:
             raise AssertionError(f"the entry stage waits for the device: {error}") from error
         finally:
-            context.FRAME.reset(token)
+            context.RUNNING.reset(token)
             self.last = last
         result = real(self, decoder, args, kwargs)
         pruned.append(result[1]["inputs_embeds"].shape != kwargs["inputs_embeds"].shape)
@@ -698,15 +698,15 @@ def test_control_a_frame_that_outlives_its_prompt_is_found(monkeypatch: pytest.M
     real = EntryStage.before_decoder
 
     def forgetful(self: EntryStage, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        if (frame := context.FRAME.get()) is None:
-            context.FRAME.set(last[-1])
+        if (running := context.RUNNING.get()) is None:
+            context.RUNNING.set(last[-1])
         else:
-            last.append(copy.copy(frame))
+            last.append(copy.copy(running))
         result = real(self, decoder, args, kwargs)
-        context.FRAME.set(last[-1])
+        context.RUNNING.set(last[-1])
         return result
 
-    last: list[context.Frame] = []
+    last: list[context.Call] = []
     monkeypatch.setattr(EntryStage, "before_decoder", forgetful)
     monkeypatch.setattr(entry, "is_running", lambda module: True)
     with pytest.raises(AssertionError):
@@ -728,7 +728,7 @@ class SharedVariable:
 def test_control_a_frame_on_the_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = SharedVariable()
     for module in (entry, opening, context):
-        monkeypatch.setattr(module, "FRAME", shared)
+        monkeypatch.setattr(module, "RUNNING", shared)
     with pytest.raises(AssertionError):
         check_threads_do_not_meet(get_model("llava"), different_prompts("llava"))
 

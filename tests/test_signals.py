@@ -23,7 +23,7 @@ from zoo import models as zoo_models
 from zoo.inputs import Fixed
 
 import vtc
-from vtc.engine import encode, plan
+from vtc.engine import choosing, encode
 from vtc.models import resolve
 from vtc.signals import Cls, cls
 
@@ -279,7 +279,7 @@ def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
         return reduce(self, stage, tokens, budget)
 
     located: list[Any] = []
-    locate = plan.locate
+    locate = choosing.locate
 
     def listen(*args: Any) -> list[Any]:
         located[:] = locate(*args)
@@ -287,7 +287,7 @@ def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
 
     with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5):
         monkeypatch.setattr(vtc.ToDRE, "reduce", look)
-        monkeypatch.setattr(plan, "locate", listen)
+        monkeypatch.setattr(choosing, "locate", listen)
         model(**batch)
     images = list(located)
     scores = zip(images, seen[0].signals["cls"], strict=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vtc.dialect.releases import running
+from vtc.dialect.releases import running_release
 from vtc.errors import UnsupportedModelError
 
 
@@ -64,7 +64,7 @@ class Spelling:
             if self.name(role) is None:
                 raise UnsupportedModelError(
                     f"{owner} has no argument for {role.what} under a name that vtc knows ({', '.join(role.names)}). "
-                    f"It takes: {', '.join(self.parameters)}. {running()}"
+                    f"It takes: {', '.join(self.parameters)}. {running_release()}"
                 )
 
     def name(self, role: Role) -> str | None:

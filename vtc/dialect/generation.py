@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vtc.dialect.arguments import DEEPSTACK, Spelling
-from vtc.dialect.releases import running
+from vtc.dialect.releases import running_release
 from vtc.errors import UnsupportedModelError
 
 
@@ -38,12 +38,12 @@ class WrappedMethod:
         if not callable(found):
             raise UnsupportedModelError(
                 f"{type(owner).__name__} has no {self.name}, which {self.purpose}: vtc cannot work without it. "
-                f"{running()}"
+                f"{running_release()}"
             )
         if missing := set(self.takes) - inspect.signature(found).parameters.keys():
             raise UnsupportedModelError(
                 f"{type(owner).__name__}.{self.name}, which {self.purpose}, takes no {', '.join(sorted(missing))}; it "
-                f"takes {', '.join(inspect.signature(found).parameters)}. {running()}"
+                f"takes {', '.join(inspect.signature(found).parameters)}. {running_release()}"
             )
         return found
 

@@ -7,20 +7,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtc.engine.compaction import Columns, Compaction
+from vtc.engine.inside import LayerState
 from vtc.engine.locate import Encoded
-
-if TYPE_CHECKING:
-    from vtc.engine.inside import Inside
 
 
 @dataclass
-class Frame:
+class Call:
     """One call of a patched model.
 
     Attributes:
@@ -54,7 +52,7 @@ class Frame:
     hides: bool = False
     logical: Tensor | None = None
     prepared: bool = False
-    inside: Inside | None = None
+    inside: LayerState | None = None
     later_masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
     adopted: Any = None
     stored: dict[int, int] = field(default_factory=dict)
@@ -77,13 +75,13 @@ class Frame:
             self.pad_right = not bool((real | visual)[:, -1].all())  # a hidden image is no padding
 
 
-FRAME: ContextVar[Frame | None] = ContextVar("vtc_frame", default=None)
+RUNNING: ContextVar[Call | None] = ContextVar("vtc_frame", default=None)
 
 
-def running_frame(owner: Any) -> Frame | None:
+def running_call(owner: Any) -> Call | None:
     """The call of ``owner`` that is running in this thread; ``None`` also where the engine should stand aside."""
-    frame = FRAME.get()
-    return None if frame is None or frame.owner is not owner or is_bypassed() else frame
+    running = RUNNING.get()
+    return None if running is None or running.owner is not owner or is_bypassed() else running
 
 
 def is_running(module: nn.Module) -> bool:

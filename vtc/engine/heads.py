@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vtc.dialect import heads, modules
 from vtc.dialect.arguments import IDS
 from vtc.dialect.heads import Head
 from vtc.engine.compaction import Columns
-from vtc.engine.context import Frame
+from vtc.engine.context import Call
 from vtc.engine.locate import Encoded, runs
 from vtc.models import Adapter, Parts
 from vtc.ops.gather import gather_columns
@@ -25,11 +26,11 @@ from vtc.ops.gather import gather_columns
 
 def caller_of(base: nn.Module) -> nn.Module | None:
     """The model with a head that is calling a base model which was patched by itself; found on the stack."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if heads.calls(caller := frame.f_locals.get("self"), base):
             return modules.without_adapters(caller)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -51,21 +52,21 @@ def check_caller(caller: nn.Module, base: nn.Module) -> None:
     )
 
 
-def whole(head: Head, root: Any, frame: Frame, hidden: Tensor) -> Tensor:
+def whole(head: Head, root: Any, running: Call, hidden: Tensor) -> Tensor:
     """Hidden states [B, M, d] as columns of the prompt again, [B, N, d].
 
     Args:
         head: what reads them.
         root: the module that it belongs to.
-        frame: the call, of which something was dropped.
+        running: the call, of which something was dropped.
         hidden: of the columns that are left.
 
     Raises:
         IndexError: the head would read a column that is gone.
     """
-    slots = _left(frame).slots(_shape(frame)[1]).to(hidden.device)
+    slots = _left(running).slots(_shape(running)[1]).to(hidden.device)
     if head is Head.POOLED:
-        columns = heads.pooled_columns(root, IDS.read(frame.asked), len(slots)).to(slots.device)
+        columns = heads.pooled_columns(root, IDS.read(running.asked), len(slots)).to(slots.device)
         gone = slots[torch.arange(len(slots), device=slots.device), columns] < 0
         if gone.any():
             row = int(gone.nonzero()[0])
@@ -79,9 +80,9 @@ def whole(head: Head, root: Any, frame: Frame, hidden: Tensor) -> Tensor:
     return torch.where((slots < 0)[..., None], torch.ones_like(every), every)
 
 
-def shortened(output: Any, frame: Frame) -> Any:
+def shortened(output: Any, running: Call) -> Any:
     """What a retriever returned, without the vectors of columns that are gone: [B, N, d] → [B, M, d], 0 at holes."""
-    left, shape = _left(frame), _shape(frame)
+    left, shape = _left(running), _shape(running)
 
     def fit(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape[:2] != shape or value.dim() < 3:
@@ -96,28 +97,28 @@ def shortened(output: Any, frame: Frame) -> Any:
     return output
 
 
-def _left(frame: Frame) -> Columns:
-    assert frame.left is not None  # something was dropped
-    return frame.left
+def _left(running: Call) -> Columns:
+    assert running.left is not None  # something was dropped
+    return running.left
 
 
-def _shape(frame: Frame) -> torch.Size:
+def _shape(running: Call) -> torch.Size:
     """[B, N], columns before anything left."""
-    assert frame.compaction is not None
-    return frame.compaction.keep.shape
+    assert running.compaction is not None
+    return running.compaction.keep.shape
 
 
-def merged_before(adapter: Adapter, parts: Parts, frame: Frame) -> dict[str, Encoded]:
+def merged_before(adapter: Adapter, parts: Parts, running: Call) -> dict[str, Encoded]:
     """Images that the root itself wrote into its embeddings (ColQwen2), told from what it was called with.
 
     An image is a run of placeholders, and what the family's encoder would have been told of it stands there too.
     """
-    if not any(name.startswith("pixel_values") and value is not None for name, value in frame.asked.items()):
+    if not any(name.startswith("pixel_values") and value is not None for name, value in running.asked.items()):
         return {}
     found = {}
-    for modality, where in frame.placeholders.items():
+    for modality, where in running.placeholders.items():
         lengths = [len(run) for row in where for run in runs(row.nonzero()[:, 0])]
-        layouts = adapter.layouts(parts.base, modality, lengths, _given(frame.asked))
+        layouts = adapter.layouts(parts.base, modality, lengths, _given(running.asked))
         found[modality] = Encoded(tuple(layouts), merge=adapter.merge)
     return found
 

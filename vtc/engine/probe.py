@@ -19,7 +19,7 @@ from vtc.dialect import attention as inner
 from vtc.dialect import standins
 from vtc.dialect.arguments import HIDDEN, POSITIONS, ROTARY
 from vtc.dialect.masks import attention_kinds, last_layer_before_reuse, shared_layers, window_of
-from vtc.dialect.releases import running
+from vtc.dialect.releases import running_release
 from vtc.dialect.standins import Trial
 from vtc.engine.rows import AttentionRows
 from vtc.errors import UnsupportedModelError
@@ -81,7 +81,7 @@ def recipes(parts: Parts, layers: Collection[int]) -> dict[int, inner.Recipe]:
         except Exception as error:
             raise UnsupportedModelError(
                 f"what its layers attend to could not be tried out on a stand-in of its "
-                f"{type(parts.decoder).__name__} ({_first_line(error)}). {running()}"
+                f"{type(parts.decoder).__name__} ({_first_line(error)}). {running_release()}"
             ) from error
         return {layer: _recipe(parts, layer, *calls[layer]) for layer in sorted(layers)}
 
@@ -99,7 +99,7 @@ def unfit_tower(adapter: Adapter, parts: Parts, signals: Collection[TowerSignal]
                     continue
         except Exception as error:
             fault = f"could not be tried out on a stand-in of it ({_first_line(error)})"
-        return f"what is attended to in its {type(attention).__name__} {fault}. {running()}"
+        return f"what is attended to in its {type(attention).__name__} {fault}. {running_release()}"
     return None
 
 
@@ -124,7 +124,7 @@ def _recipe(parts: Parts, index: int, args: tuple[Any, ...], kwargs: dict[str, A
         fault += f": rows differ by up to {closest:.2g}" if closest < float("inf") else ", for which it finds no way"
     raise UnsupportedModelError(
         f"what its layer {index} ({type(layer).__name__}, {type(inner.self_attention(layer)).__name__}) attends to "
-        f"{fault}. {running()}"
+        f"{fault}. {running_release()}"
     )
 
 
