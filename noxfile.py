@@ -50,6 +50,7 @@ locks; its CPU build, which tests use, asks for none."""
 ONLY_NEWEST = (
     "backend",
     "budget",
+    "children",
     "config",
     "globalcom2",
     "gpu_suite",

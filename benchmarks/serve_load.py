@@ -14,9 +14,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -76,7 +78,7 @@ def write_random(folder: Path) -> None:
     model.save_pretrained(written)
     processor.save_pretrained(written)
     checkpoints.to_hub_layout(written, folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(checkpoints.CHAT_TEMPLATE, encoding="utf-8")
+    checkpoints.write_chat_template(folder / "model")
 
 
 @contextlib.contextmanager
@@ -91,8 +93,9 @@ def server(path: Path, method: str, keep: float, threads: int, extra: list[str])
         port = free.getsockname()[1]
     run = command(str(path), read({"method": method, "keep": keep}), "127.0.0.1", port, extra)
     if keep == 1.0:
-        at = run.index("--hf-overrides")
-        del run[at : at + 2]
+        for option in ("--hf-overrides", "--middleware"):
+            at = run.index(option)
+            del run[at : at + 2]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             run, env=os.environ | SETTINGS | {"OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log
@@ -196,6 +199,7 @@ def main(
     """Start servers, load them in turns, write one row for each model and keep."""
     import torch
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers end too
     torch.set_num_threads(threads)  # as the servers have; provenance tells
     keeps = [1.0, *(float(each) for each in keep.split(","))]
     rows = []

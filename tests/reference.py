@@ -95,6 +95,17 @@ def continue_by_hand(
     return Continuation(torch.stack(tokens), torch.stack(logits), columns, prompt)
 
 
+@torch.no_grad()
+def hidden_by_hand(
+    model: Any, sample: dict[str, Tensor], images: Sequence[Tensor], keep: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """What stays of one prompt, for heads of any kind: the kept columns [M], and their last hidden states [M, D]."""
+    call = decoder_call(model, sample)
+    stream = _stream(model, call)
+    columns = kept_columns(stream.columns.numel(), images, keep)
+    return columns, _hidden(model, call, _select(stream, columns))[0]
+
+
 def kept_columns(length: int, images: Sequence[Tensor], keep: Sequence[Tensor] | None) -> Tensor:
     """The columns of a prompt that stay: all text, and the chosen visual tokens."""
     stays = torch.ones(length, dtype=torch.bool)
@@ -219,6 +230,13 @@ def _grown(model: Any, kind: str, mask: Tensor | None, columns: Tensor) -> Tenso
 
 def _logits(model: Any, call: dict[str, Any], stream: _Stream) -> Tensor:
     """Run the decoder and the head over the whole stream."""
+    logits = model.get_output_embeddings()(_hidden(model, call, stream))[0]
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _hidden(model: Any, call: dict[str, Any], stream: _Stream) -> Tensor:
+    """Run the decoder over the whole stream: [1, M, D]."""
     inputs = {key: value for key, value in call.items() if key in _INDIFFERENT}
     inputs |= {"inputs_embeds": stream.embeds, "position_ids": stream.positions}
     inputs |= {CACHE: None, "use_cache": False, "logits_to_keep": 0}
@@ -227,10 +245,7 @@ def _logits(model: Any, call: dict[str, Any], stream: _Stream) -> Tensor:
         inputs |= {"visual_pos_masks": stream.visual, "deepstack_visual_embeds": list(stream.deepstack)}
     if stream.per_layer is not None:
         inputs["per_layer_inputs"] = stream.per_layer
-    hidden = model.get_decoder()(**inputs).last_hidden_state
-    logits = model.get_output_embeddings()(hidden)[0]
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return model.get_decoder()(**inputs).last_hidden_state
 
 
 def _mask_argument(model: Any, stream: _Stream) -> Any:

@@ -17,9 +17,9 @@ from zoo import get_model, make_batch
 
 import vtc
 from vtc.engine import entry
-from vtc.engine.context import Frame
+from vtc.engine.choosing import compaction, decide, plan
+from vtc.engine.context import Call
 from vtc.engine.locate import Located
-from vtc.engine.plan import compaction, decide, plan
 
 METHODS = [  # not random, which draws with a generator of its own on the host
     vtc.DivPrune(keep=0.5),
@@ -34,14 +34,14 @@ METHODS = [  # not random, which draws with a generator of its own on the host
 
 def recorded(
     family: str, method: vtc.Method, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, Frame, list[Located], Tensor, Tensor]:
+) -> tuple[Any, Call, list[Located], Tensor, Tensor]:
     """What runs the settled method, and what the entry stage gets in a real prefill of a ragged batch."""
-    seen: list[tuple[Any, Frame, list[Located], Tensor, Tensor]] = []
+    seen: list[tuple[Any, Call, list[Located], Tensor, Tensor]] = []
 
-    def spy(chooser: Any, frame: Frame, embeds: Tensor) -> Any:
-        decision = plan(chooser, frame, embeds)
+    def spy(chooser: Any, running: Call, embeds: Tensor) -> Any:
+        decision = plan(chooser, running, embeds)
         assert decision is not None
-        seen.append((chooser, copy.copy(frame), decision.images, decision.flat, embeds))
+        seen.append((chooser, copy.copy(running), decision.images, decision.flat, embeds))
         return decision
 
     monkeypatch.setattr(entry, "plan", spy)
@@ -52,10 +52,10 @@ def recorded(
 
 
 def select_and_enter(
-    chooser: Any, frame: Frame, images: list[Located], flat: Tensor, embeds: Tensor
+    chooser: Any, running: Call, images: list[Located], flat: Tensor, embeds: Tensor
 ) -> tuple[Tensor, ...]:
-    decision = decide(chooser, frame, images, flat, embeds)
-    compact = compaction(decision, frame, embeds.shape[:2])
+    decision = decide(chooser, running, images, flat, embeds)
+    compact = compaction(decision, running, embeds.shape[:2])
     ids = torch.arange(embeds.shape[1], device=embeds.device)[None]
     return compact.sequence(embeds), compact.positions(ids), compact.valid, decision.keep
 
@@ -63,9 +63,9 @@ def select_and_enter(
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_selection_and_entry_are_one_graph(family: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chooser, frame, images, flat, embeds = recorded(family, method, monkeypatch)
+    chooser, running, images, flat, embeds = recorded(family, method, monkeypatch)
     torch.compiler.reset()
-    run = functools.partial(select_and_enter, chooser, frame, images, flat)
+    run = functools.partial(select_and_enter, chooser, running, images, flat)
     expected = run(embeds)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=False)
     for got, wanted in zip(compiled(embeds), expected, strict=True):
@@ -79,15 +79,15 @@ def test_selection_and_entry_are_one_graph(family: str, method: Any, monkeypatch
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", [vtc.DivPrune(keep=0.5), vtc.IDPruner(keep=0.5), vtc.Grid(keep=0.5)], ids=str)
 def test_a_cuda_graph_holds_selection_and_entry(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chooser, frame, images, flat, embeds = recorded("llava", method, monkeypatch)
+    chooser, running, images, flat, embeds = recorded("llava", method, monkeypatch)
     chosen = [image for image in images if image.row == 0][:1]  # one image: one length, nothing to copy from the host
-    frame.mask = frame.lengths = None
+    running.mask = running.lengths = None
     flat, embeds = flat[:1].cuda(), embeds[:1].cuda()
-    frame.encoded = {
+    running.encoded = {
         name: dataclasses.replace(e, signals={key: [s.cuda() for s in rows] for key, rows in e.signals.items()})
-        for name, e in frame.encoded.items()
+        for name, e in running.encoded.items()
     }
-    run = functools.partial(select_and_enter, chooser, frame, chosen, flat)
+    run = functools.partial(select_and_enter, chooser, running, chosen, flat)
     expected = run(embeds)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

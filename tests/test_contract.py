@@ -257,6 +257,7 @@ def pairs(at: Any) -> type[Method]:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Pairs(Method):
         name: ClassVar[str] = "pairs"
+        merges: ClassVar[bool] = True
 
         def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
             return (Stage(at),)

@@ -29,7 +29,7 @@ from zoo import FAMILIES, GREEDY, Batch, get_model, make_batch
 
 import vtc
 from vtc import patching
-from vtc.engine import context, entry, generation, lengths, opening, plan
+from vtc.engine import choosing, context, entry, generation, lengths, opening
 from vtc.engine.entry import EntryStage
 from vtc.methods.base import image_seed
 
@@ -151,7 +151,7 @@ def error_in_the_block(model: Any, batch: Batch) -> None:
 def error_inside_generate(model: Any, batch: Batch) -> None:
     """The method fails in the middle of a forward pass."""
     with pytest.MonkeyPatch.context() as patching_grid:
-        patching_grid.setattr(vtc.Grid, "select", failing)
+        patching_grid.setattr(vtc.Grid, "reduce", failing)
         with pytest.raises(Deliberate), vtc.patch(model, "grid", keep=0.5):
             tokens_of(model, batch)
 
@@ -339,33 +339,33 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(family: str, index: int) -> N
     check_alone_as_in_the_batch(get_model(family), batch_of(family, EIGHT), methods_for(family)[index])
 
 
-def one_generator_for_all(self: vtc.Random, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+def one_generator_for_all(self: vtc.Random, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
     generator = torch.Generator().manual_seed(image_seed(self.seed, 0, 0))
     picks = torch.zeros(len(budget), max(budget), dtype=torch.long)
     for g, (k, n) in enumerate(zip(budget, tokens.lengths, strict=True)):
         picks[g, :k] = torch.randperm(n, generator=generator)[:k]
-    return picks
+    return vtc.Reduction(picks)
 
 
 def numbered_in_the_batch(images: list[Any]) -> tuple[int, ...]:
     return tuple(range(len(images)))
 
 
-def relative_to_the_batch(self: vtc.DivPrune, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+def relative_to_the_batch(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
     real = tokens.mask[..., None]
     mean = (tokens.features * real).sum((0, 1)) / real.sum()
-    return vtc.ops.farthest_first(tokens.features - mean, max(budget), mask=tokens.mask)
+    return vtc.Reduction(vtc.ops.farthest_first(tokens.features - mean, max(budget), mask=tokens.mask))
 
 
-def blind_to_padding(self: vtc.DivPrune, tokens: Any, budget: tuple[int, ...]) -> Tensor:
-    return vtc.ops.farthest_first(tokens.features, max(budget)).clamp(max=min(tokens.lengths) - 1)
+def blind_to_padding(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
+    return vtc.Reduction(vtc.ops.farthest_first(tokens.features, max(budget)).clamp(max=min(tokens.lengths) - 1))
 
 
 BATCH_LEAKS: list[tuple[Any, str, Any, vtc.Method]] = [
-    (vtc.Random, "select", one_generator_for_all, vtc.Random(keep=0.4)),
-    (plan, "_ordinals", numbered_in_the_batch, vtc.Random(keep=0.4)),
-    (vtc.DivPrune, "select", relative_to_the_batch, vtc.DivPrune(keep=0.4)),
-    (vtc.DivPrune, "select", blind_to_padding, vtc.DivPrune(keep=0.4)),
+    (vtc.Random, "reduce", one_generator_for_all, vtc.Random(keep=0.4)),
+    (choosing, "_ordinals", numbered_in_the_batch, vtc.Random(keep=0.4)),
+    (vtc.DivPrune, "reduce", relative_to_the_batch, vtc.DivPrune(keep=0.4)),
+    (vtc.DivPrune, "reduce", blind_to_padding, vtc.DivPrune(keep=0.4)),
 ]
 
 
@@ -478,14 +478,14 @@ def device_cache(cache: Any) -> Any:
     return cache
 
 
-def device_frame(frame: context.Frame) -> context.Frame:
+def device_call(running: context.Call) -> context.Call:
     """What is on the device in reality. The placeholders are not: where they stand is read once, in the base hook,
     and that is the documented sync. So `locate` works on host tensors here as there."""
     encoded = {
         modality: dataclasses.replace(e, signals={k: on_device(list(v)) for k, v in e.signals.items()})
-        for modality, e in frame.encoded.items()
+        for modality, e in running.encoded.items()
     }
-    return dataclasses.replace(frame, mask=on_device(frame.mask), encoded=encoded)
+    return dataclasses.replace(running, mask=on_device(running.mask), encoded=encoded)
 
 
 def check_entry_never_waits(model: Any, batch: Batch, method: vtc.Method, positions: str = "original") -> None:
@@ -498,16 +498,16 @@ def check_entry_never_waits(model: Any, batch: Batch, method: vtc.Method, positi
     real, pruned = EntryStage.before_decoder, []
 
     def twice(self: EntryStage, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        cache, frame, last = kwargs.get(CACHE), context.FRAME.get(), self.last
+        cache, running, last = kwargs.get(CACHE), context.RUNNING.get(), self.last
         call = on_device({k: v for k, v in kwargs.items() if k != CACHE})
-        token = context.FRAME.set(device_frame(frame))
+        token = context.RUNNING.set(device_call(running))
         try:
             with NoBlockingCopies():
                 call = real(self, decoder, args, call | {CACHE: device_cache(cache)})[1]
         except (RuntimeError, NotImplementedError) as error:
             raise AssertionError(f"the entry stage waits for the device: {error}") from error
         finally:
-            context.FRAME.reset(token)
+            context.RUNNING.reset(token)
             self.last = last
         result = real(self, decoder, args, kwargs)
         pruned.append(result[1]["inputs_embeds"].shape != kwargs["inputs_embeds"].shape)
@@ -550,13 +550,13 @@ SYNCS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("sync", SYNCS.values(), ids=SYNCS.keys())
 def test_control_a_sync_in_select_is_found(sync: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = vtc.DivPrune.select
+    real = vtc.DivPrune.reduce
 
-    def waiting(self: vtc.DivPrune, tokens: Any, budget: tuple[int, ...]) -> Tensor:
+    def waiting(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
         sync(tokens.features)
-        return real(self, tokens, budget)
+        return real(self, stage, tokens, budget)
 
-    monkeypatch.setattr(vtc.DivPrune, "select", waiting)
+    monkeypatch.setattr(vtc.DivPrune, "reduce", waiting)
     with pytest.raises(AssertionError, match="waits for the device"):
         check_entry_never_waits(get_model("llava"), batch_of("llava"), vtc.DivPrune(keep=0.4))
 
@@ -698,15 +698,15 @@ def test_control_a_frame_that_outlives_its_prompt_is_found(monkeypatch: pytest.M
     real = EntryStage.before_decoder
 
     def forgetful(self: EntryStage, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        if (frame := context.FRAME.get()) is None:
-            context.FRAME.set(last[-1])
+        if (running := context.RUNNING.get()) is None:
+            context.RUNNING.set(last[-1])
         else:
-            last.append(copy.copy(frame))
+            last.append(copy.copy(running))
         result = real(self, decoder, args, kwargs)
-        context.FRAME.set(last[-1])
+        context.RUNNING.set(last[-1])
         return result
 
-    last: list[context.Frame] = []
+    last: list[context.Call] = []
     monkeypatch.setattr(EntryStage, "before_decoder", forgetful)
     monkeypatch.setattr(entry, "is_running", lambda module: True)
     with pytest.raises(AssertionError):
@@ -728,7 +728,7 @@ class SharedVariable:
 def test_control_a_frame_on_the_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = SharedVariable()
     for module in (entry, opening, context):
-        monkeypatch.setattr(module, "FRAME", shared)
+        monkeypatch.setattr(module, "RUNNING", shared)
     with pytest.raises(AssertionError):
         check_threads_do_not_meet(get_model("llava"), different_prompts("llava"))
 

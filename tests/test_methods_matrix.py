@@ -20,6 +20,7 @@ from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
 import vtc
 from vtc.models import resolve
+from vtc.signals import Cls
 
 SCHEDULE: dict[str, Any] = {"layers": (1, 2), "ratios": (0.6, 0.3)}  # the zoo's models are too shallow for the default
 HYBRID = "qwen3_5"
@@ -39,19 +40,22 @@ RUNS = {
 @functools.cache
 def methods_for(family: str) -> dict[str, vtc.Method]:
     adapter, parts = resolve(get_model(family))
-    pivot = "cls" if "cls" in adapter.offers(parts) else "random"
+    pivot = "cls" if adapter.gives(parts, Cls()) else "random"
     todre = vtc.ToDRE(keep=0.5, pivot=pivot)
     methods: dict[str, vtc.Method] = {
         "divprune": vtc.DivPrune(keep=0.3),
         "todre": todre,
         "idpruner": vtc.IDPruner(keep=0.4),
     }
+    if adapter.gives(parts, Cls(layer=-2)):
+        methods["fastervlm"] = vtc.methods.make_method("fastervlm", keep=0.4)
     if adapter.facts(parts).has_thumbnail:
         methods["globalcom2"] = vtc.GlobalCom2(keep=0.4)
         methods["globalcom2_divprune"] = vtc.GlobalCom2(keep=0.4, selector=vtc.DivPrune())
     if family != HYBRID:
         methods["todre_both"] = vtc.ToDRE(keep=0.5, pivot=pivot, stage2=True, layer=2, tau=0.45)
         methods["transprune"] = vtc.TransPrune(**SCHEDULE)
+        methods["fastv"] = vtc.methods.make_method("fastv", keep=0.4, layer=1)
         methods["divprune_then_transprune"] = vtc.Chain(vtc.DivPrune(keep=0.5), vtc.TransPrune(**SCHEDULE))
         methods["idpruner_then_todre2"] = vtc.Chain(
             vtc.IDPruner(keep=0.5), vtc.ToDRE(keep=1.0, pivot=pivot, stage2=True, layer=1, tau=0.4)

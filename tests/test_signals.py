@@ -23,7 +23,7 @@ from zoo import models as zoo_models
 from zoo.inputs import Fixed
 
 import vtc
-from vtc.engine import encode, plan
+from vtc.engine import choosing, encode
 from vtc.models import resolve
 from vtc.signals import Cls, cls
 
@@ -279,7 +279,7 @@ def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
         return reduce(self, stage, tokens, budget)
 
     located: list[Any] = []
-    locate = plan.locate
+    locate = choosing.locate
 
     def listen(*args: Any) -> list[Any]:
         located[:] = locate(*args)
@@ -287,7 +287,7 @@ def signals_of(model: Any, batch: Batch, modality: str) -> list[Tensor]:
 
     with pytest.MonkeyPatch.context() as monkeypatch, vtc.patch(model, "todre", keep=0.5):
         monkeypatch.setattr(vtc.ToDRE, "reduce", look)
-        monkeypatch.setattr(plan, "locate", listen)
+        monkeypatch.setattr(choosing, "locate", listen)
         model(**batch)
     images = list(located)
     scores = zip(images, seen[0].signals["cls"], strict=True)
@@ -407,15 +407,21 @@ def implementations(model: Any) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def check_attention_is_left_alone(model: Any, batch: Batch) -> None:
-    """Every layer attends as often as in the unpatched model, as configured, and keeps its weights to itself."""
+    """Every layer attends as often as in the unpatched model, as configured, and keeps its weights to itself.
+
+    Patching is not watched: it tries rows out on stand-ins (test_probe.py), which do attend eagerly.
+    """
     model.set_attn_implementation("sdpa")
     model.generate(**batch, **SHORT)  # loads what is loaded lazily
     with watching_attention(model) as unpatched:
         model.generate(**batch, **SHORT)
     adapter, parts = resolve(model)
     method = vtc.ToDRE(keep=0.5, pivot="cls" if adapter.gives(parts, Cls()) else "random")
-    with watching_attention(model) as patched, vtc.patch(model, method) as patch:
-        model.generate(**batch, **SHORT)
+    configured = implementations(model)
+    with vtc.patch(model, method) as patch:
+        assert implementations(model) == configured
+        with watching_attention(model) as patched:
+            model.generate(**batch, **SHORT)
         assert patch.last_keep
     assert unpatched, "no layer attends through the registry: nothing was watched"
     assert patched == unpatched

@@ -231,8 +231,8 @@ class Crowded(vtc.Method):
 
     name = "crowded"
 
-    def select(self, tokens: Any, budget: tuple[int, ...]) -> Tensor:
-        return torch.arange(max(budget)).expand(len(budget), -1) + (len(budget) > 1)
+    def reduce(self, stage: Any, tokens: Any, budget: tuple[int, ...]) -> vtc.Reduction:
+        return vtc.Reduction(torch.arange(max(budget)).expand(len(budget), -1) + (len(budget) > 1))
 
 
 def test_kept_tokens_that_depend_on_the_batch() -> None:

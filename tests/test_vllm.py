@@ -92,8 +92,13 @@ def prompt(text, images, keep=None, **more):
 
 def ask(llm, prompts, sampling=GREEDY):
     """Token ids and the log-probability of the first, per prompt."""
-    done = [o.outputs[0] for o in llm.generate(prompts, sampling, use_tqdm=False)]
-    return [(list(o.token_ids), o.logprobs[0][o.token_ids[0]].logprob) for o in done]
+    return [first(output) for output in llm.generate(prompts, sampling, use_tqdm=False)]
+
+
+def first(output):
+    """Of the first completion of a prompt, token ids and the log-probability of the first of them."""
+    (done,) = output.outputs
+    return list(done.token_ids), done.logprobs[0][done.token_ids[0]].logprob
 
 
 @contextlib.contextmanager
@@ -190,11 +195,36 @@ def test_several_images_in_one_prompt(llava, scenes):
     agree(ours, theirs)
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.25])
+def test_a_chat_begins_as_a_prompt_does(llava, scenes, keep):
+    """With BOS, which a chat template has to write for vLLM."""
+    asked = [{"role": "user", "content": []} for _ in scenes]
+    for message, q in zip(asked, scenes, strict=True):
+        message["content"] = [{"type": "image_pil", "image_pil": q.image}, {"type": "text", "text": q.prompt[8:]}]
+    kwargs = {"mm_processor_kwargs": {"vtc_keep": keep}, "use_tqdm": False}
+    done = llava.chat([[message] for message in asked], GREEDY, **kwargs)
+    theirs, _ = reference(vtc_tinyvlm, scenes, vtc.DivPrune(keep=keep))
+    agree([first(output) for output in done], theirs)
+    assert {tuple(output.prompt_token_ids[:2]) for output in done} == {(1, 4)}  # <bos>, <image>
+
+
+def test_a_second_bos_is_dropped(llava, scenes):
+    """A template wrote one, and an endpoint that adds another; a number of tokens beyond any is all of them."""
+    ids = llava.get_tokenizer()(scenes[0].prompt).input_ids
+    assert ids[0] == 1
+    image = {"multi_modal_data": {"image": scenes[0].image}, "mm_processor_kwargs": {"vtc_keep": 10**400}}
+    done = llava.generate([{"prompt_token_ids": i} | image for i in (ids, [1, *ids])], GREEDY, use_tqdm=False)
+    assert done[0].prompt_token_ids == done[1].prompt_token_ids
+    assert done[0].prompt_token_ids.count(4) == 144
+
+
 BAD = [
     ({"mm_processor_kwargs": {"vtc_keep": 1.5}}, "keep=1.5"),
     ({"mm_processor_kwargs": {"vtc_keep": 0}}, "keep=0"),
     ({"mm_processor_kwargs": {"vtc_keep": "half"}}, "keep='half'"),
     ({"mm_processor_kwargs": {"vtc_keep": True}}, "keep=True"),
+    ({"mm_processor_kwargs": {"vtc_kep": 0.5}}, "vtc_kep in mm_processor_kwargs"),
+    ({"mm_processor_kwargs": {"images_kwargs": {"vtc_keep": 0.5}}}, "images_kwargs.vtc_keep in mm_processor_kwargs"),
     ({"prompt": "<image> <image> what ?"}, "2 image placeholders for 1 images"),
     ({"prompt": "what color ?"}, "0 image placeholders for 1 images"),
 ]
@@ -451,6 +481,15 @@ def test_qwen_video(tmp_path):
 )
 def test_refused_at_start_up(folder, entry, said):
     with pytest.raises(Exception, match=said), engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", entry):
+        pass
+
+
+def test_a_keep_in_the_wrong_place_is_refused(folder):
+    kwargs = {"mm_processor_kwargs": {"vtc_keep": 0.5}}
+    with (
+        pytest.raises(Exception, match="config's 'vtc' entry has a keep"),
+        engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", {"method": "divprune"}, **kwargs),
+    ):
         pass
 
 

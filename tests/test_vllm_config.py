@@ -27,7 +27,7 @@ from vtc.methods.registry import _REGISTRY
 from vtc.models import resolve
 from vtc.signals import Cls, ClsLogits
 from vtc.tokens import Layout, VisualTokens
-from vtc_vllm import positions
+from vtc_vllm import positions, requests
 from vtc_vllm.checkpoints import hub_name
 from vtc_vllm.globalcom2 import FixedGlobalCom2, divided
 from vtc_vllm.selection import Selector, picks, settle
@@ -115,6 +115,9 @@ LATER = {"method": "todre", "options": {"keep": 1.0, "stage2": True}}
         ({"method": "todre", "options": {"stage2": True}}, "between the layers"),
         ({"method": "chain", "options": {"second": LATER}}, "between the layers"),
         ({"method": "globalcom2"}, "thumbnail"),
+        ({"method": "fastv"}, "between the layers"),
+        ({"method": "fastervlm"}, "last layer only"),
+        ({"method": "visionzip"}, "new values"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_with_the_reason(llava, entry, said):
@@ -207,7 +210,7 @@ def test_a_bad_keep_of_a_request(keep):
 # ------------------------------------------------------------------------------------------------- counts and selection
 
 OURS = [name for name in list_methods() if method_class(name).__module__.startswith("vtc.")]  # tests register others
-PLAIN = [name for name in OURS if name not in ("chain", "transprune", "globalcom2")]
+PLAIN = [name for name in OURS if name not in ("chain", "transprune", "globalcom2", "fastervlm", "fastv", "visionzip")]
 
 
 SIZES = torch.tensor([(8, 8), (8, 16), (16, 7), (5, 16)])  # height, width
@@ -386,7 +389,7 @@ def _eager(attention, x):
 
 
 def test_a_checkpoint_without_that_layer_is_refused():
-    row = ClsRow(models.llava().config.vision_config, frozenset({"cls"}))
+    row = ClsRow(models.llava().config.vision_config, (Cls(),))
     with pytest.raises(ValueError, match="the checkpoint has no"):
         list(row.loading([("vision_tower.vision_model.encoder.layers.0.layer_norm1.weight", torch.ones(32))], set()))
     name = "vision_tower.vision_model.encoder.layers.2.self_attn.q_proj.weight"
@@ -415,6 +418,7 @@ def test_the_command_that_serves(tmp_path):
     overrides = json.loads(built[built.index("--hf-overrides") + 1])
     assert overrides["architectures"] == ["VTCLlavaForConditionalGeneration"]
     assert read(overrides["vtc"]) == config
+    assert built[built.index("--middleware") + 1] == f"{requests.__name__}.Fields"
     assert built[-2:] == ["--seed", "3"]
     with pytest.raises(ValueError, match="hf-overrides"):
         command(str(tmp_path), config, "127.0.0.1", 8123, ["--hf-overrides={}"])

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def url(tmp_path_factory):
     vllms = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
     vllms += ["--num-gpu-blocks-override", "256", "--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 4}']
     run = [sys.executable, "-c", "from vtc.cli import main; main()", "serve", "tinyvlm", "--port", str(port), *vllms]
-    environment = os.environ | SURROUNDINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w+")
+    folder = tmp_path_factory.mktemp("server")
+    environment = os.environ | SURROUNDINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(folder)}
+    log = (folder / "log.txt").open("w+")
     process = subprocess.Popen(run, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         for _ in range(600):
@@ -96,10 +98,25 @@ def url(tmp_path_factory):
             assert process.poll() is None, log.seek(0) or log.read()[-3000:]
             time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
+        process.terminate()
+        assert process.wait(60) == 0
+        assert not list(folder.glob("vtc-serve-*"))
+        assert ended(process.pid)
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         log.close()
+
+
+def ended(group):
+    """Whether all of its processes are gone; Python's tracker of shared memory goes a moment after its parent."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def message(text, *images):
@@ -152,6 +169,65 @@ def test_a_server_with_good_and_bad_requests(url, scenes):
     answers = [processor.decode(ids, skip_special_tokens=True).strip() for ids, _ in theirs]
     assert [text for text, _ in found[0::2]] == answers
     assert max(tokens for _, tokens in found[0::2]) < 90  # of 144 visual tokens, 72
+
+
+def post(url, path, body):
+    """Status and answer."""
+    request = urllib.request.Request(url.removesuffix("/v1") + path, json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "said"),
+    [
+        ("/v1/chat/completions", {"vtc_keep": 0.5}, "vtc_keep: no such field"),
+        ("/v1/chat/completions", {"vtc_keep": 0.5, "stream": True}, "vtc_keep: no such field"),
+        ("/v1/chat/completions", {"mm_processor_kwargs": {"vtc_kep": 0.5}}, "mm_processor_kwargs.vtc_kep: no such"),
+        ("/v1/chat/completions", {"mm_processor_kwargs": {"vtc_keep": [0.5]}}, "keep=[0.5] is not a number"),
+        ("/v1/chat/completions", {"mm_processor_kwargs": "vtc_keep"}, "valid dictionary"),
+        ("/v1/completions", {"prompt": "what ?", "vtc_keep": 0.5}, "vtc_keep: no such field"),
+        ("/v1/responses", {"input": "what ?", "vtc_keep": 0.5}, "vtc_keep: no such field"),
+        ("/v1/messages", {"mm_processor_kwargs": {"vtc_keep": 0.5}}, "vLLM ignores mm_processor_kwargs.vtc_keep"),
+        ("/invocations", {"vtc_keep": 0.5}, "vtc_keep: no such field"),
+    ],
+)
+def test_fields_that_nothing_reads_are_refused(url, scenes, path, more, said):
+    asked = {"model": "tinyvlm", "max_tokens": 3, "messages": message(scenes[0].prompt[8:], scenes[0].image)}
+    status, answer = post(url, path, asked | more)
+    assert status == 400
+    assert said in answer["error"]["message"]
+
+
+def test_prompts_are_the_same_wherever_one_asks(url, scenes):
+    """With the keep that was asked for, and one BOS: /v1/responses has the tokenizer write it, others the template."""
+    text, image = scenes[0].prompt[8:], scenes[0].image
+    common = {"model": "tinyvlm", "temperature": 0}
+    kept = {"mm_processor_kwargs": {"vtc_keep": 8}}
+    chat = {"messages": message(text, image), "max_tokens": 3, "return_token_ids": True}
+    parts = [{"type": "input_image", "image_url": data_url(image), "detail": "auto"}]
+    parts.append({"type": "input_text", "text": text})
+    source = {"type": "base64", "media_type": "image/png", "data": data_url(image).split(",")[1]}
+    block = [{"type": "image", "source": source}, {"type": "text", "text": text}]
+
+    def asked(path, body):
+        status, answer = post(url, path, common | body)
+        assert status == 200, answer
+        return answer
+
+    prompt = asked("/v1/chat/completions", chat | kept)["prompt_token_ids"]
+    words = vtc_tinyvlm.load()[1].tokenizer(text, add_special_tokens=False).input_ids
+    assert prompt == [1, *[4] * 8, *words]
+    assert asked("/v1/chat/completions", chat | kept | {"add_special_tokens": True})["prompt_token_ids"] == prompt
+    assert asked("/tokenize", {"messages": chat["messages"]} | kept)["tokens"] == prompt
+    answer = asked("/v1/responses", {"input": [{"role": "user", "content": parts}], "max_output_tokens": 3} | kept)
+    assert answer["usage"]["input_tokens"] == len(prompt)
+    answer = asked("/v1/messages", {"messages": [{"role": "user", "content": block}], "max_tokens": 3})
+    assert answer["usage"]["input_tokens"] == len(prompt) - 8 + 36
 
 
 def test_the_example_client(url, scenes, tmp_path):

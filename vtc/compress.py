@@ -18,11 +18,11 @@ from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.dialect import generation, modules, rules
 from vtc.dialect.arguments import ENCODED, IDS, LABELS, MASK, POSITIONS, Arguments
-from vtc.engine.choosing import Chooser
+from vtc.engine.choosing import Chooser, compaction, plan
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import Frame, bypassed
+from vtc.engine.context import Call, bypassed
 from vtc.engine.encode import Memory, attached, listening
-from vtc.engine.plan import Plan, Prefill, compaction, plan
+from vtc.engine.plan import Plan, Prefill
 from vtc.engine.recorders import listening_in, recorders
 from vtc.methods import Method
 from vtc.models import Adapter, Parts, resolve
@@ -56,7 +56,8 @@ def compress_inputs(
         returns begins with these shortened ids.
 
     Raises:
-        NotImplementedError: this transformers has no ``mm_encoder_outputs`` for the family; use :func:`vtc.patch`.
+        NotImplementedError: the model does not generate, or this transformers has no ``mm_encoder_outputs`` for the
+            family; use :func:`vtc.patch`.
         ValueError: as :func:`vtc.patch`; or the model is patched; or the inputs are no prompt of the model.
     """
     if patch_of(model) is not None:
@@ -154,6 +155,11 @@ def generate(
 
 
 def _takes_features(parts: Parts) -> None:
+    if not generation.generates(parts.root):
+        raise NotImplementedError(
+            f"a shortened prompt is one for generate, and {type(parts.root).__name__} does not generate; "
+            "vtc.patch(model, ...) serves classifiers, retrievers and base models"
+        )
     if not modules.takes_encoded(parts.base):
         import transformers
 
@@ -188,20 +194,21 @@ def _check(parts: Parts, call: Arguments) -> None:
         )
     mask = call[MASK]
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(ids)):
-        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        given = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"the attention mask must be [{len(ids)}, columns], beside ids {tuple(ids.shape)}; got {given}"
         )
     positions = call[POSITIONS]
     if positions is not None and (not isinstance(positions, Tensor) or positions.shape[-1:] != ids.shape[-1:]):
-        given = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        given = str(tuple(positions.shape)) if isinstance(positions, Tensor) else type(positions).__name__
         raise ValueError(f"position ids must have {ids.shape[1]} columns, as the token ids; got {given}")
 
 
 def _encode(chooser: Chooser, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the encoders as ``generate`` does, listening; also return the arguments they used up."""
     adapter, parts = chooser.adapter, chooser.parts
-    outputs, used = {}, {}
+    outputs: dict[str, Any] = {}
+    used: dict[str, Any] = {}
     for modality in MODALITIES:
         encode = modules.encoder_of(parts.base, modality)
         names = [] if encode is None else modules.parameters_of(encode)
@@ -229,7 +236,7 @@ def _shorten(
     width = ids.shape[1]
     if mask is not None and mask.shape[1] != width:
         raise NotImplementedError("compressing a later turn needs vtc.patch: only the patch knows what a cache lacks")
-    frame = Frame(parts, mask=mask)
+    running = Call(parts, mask=mask)
     for modality, output in outputs.items():
         where = (ids == parts.placeholders[modality]).cpu()
         if (
@@ -237,15 +244,15 @@ def _shorten(
             and where.any()
             and (encoded := attached(adapter, parts.base, modality, output, memory)) is not None
         ):
-            frame.placeholders[modality], frame.encoded[modality] = where, encoded
-    frame.see_padding(width)
-    if not frame.placeholders:
+            running.placeholders[modality], running.encoded[modality] = where, encoded
+    running.see_padding(width)
+    if not running.placeholders:
         return None
-    placed = _placed(frame, outputs, ids)
-    decision = plan(chooser, frame, placed)
+    placed = _placed(running, outputs, ids)
+    decision = plan(chooser, running, placed)
     if decision is None or not decision.drops:
         return None
-    compact = compaction(decision, frame, ids.shape)
+    compact = compaction(decision, running, ids.shape)
     aligned = {
         name: compact.sequence(value)
         for name, value in call.named.items()
@@ -254,21 +261,22 @@ def _shorten(
     short = parts.spellings.base.bind((), aligned)
     if (labels := short[LABELS]) is not None:
         short[LABELS] = labels.masked_fill(~compact.valid.to(labels.device), -100)
-    short[IDS] = compact.sequence(ids).masked_fill(~compact.valid, parts.root.generation_config.pad_token_id or 0)
+    pad = generation.pad_token_of(parts.root)
+    short[IDS] = compact.sequence(ids).masked_fill(~compact.valid, pad)
     short[MASK] = compact.valid.long() if compact.holes or mask is not None else None
     if (old := call[POSITIONS]) is not None:
         kept = compact.positions(old)
         short[POSITIONS] = compact.renumber(kept, compact.first_position(old, mask)) if positions == "compact" else kept
     merged = None if decision.merged is None else decision.merged.into(placed, decision.flat)
-    short[ENCODED] = {m: _kept(outputs[m], m, frame, compact, decision, merged) for m in frame.placeholders}
-    lengths = tuple(frame.lengths or [width] * len(ids))
+    short[ENCODED] = {m: _kept(outputs[m], m, running, compact, decision, merged) for m in running.placeholders}
+    lengths = tuple(running.lengths or [width] * len(ids))
     return _Short(short.named, Prefill(decision, compact, lengths, []))
 
 
-def _placed(frame: Frame, outputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+def _placed(running: Call, outputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     """The features at their placeholders, zeros elsewhere: what selection needs of the embeddings."""
     placed = None
-    for modality, where in frame.placeholders.items():
+    for modality, where in running.placeholders.items():
         rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in modules.features_in(outputs[modality])])
         if placed is None:
             placed = rows.new_zeros(*ids.shape, rows.shape[-1])
@@ -277,9 +285,9 @@ def _placed(frame: Frame, outputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     return placed
 
 
-def _kept(output: Any, modality: str, frame: Frame, compact: Compaction, decision: Plan, merged: Tensor | None) -> Any:
+def _kept(output: Any, modality: str, running: Call, compact: Compaction, decision: Plan, merged: Tensor | None) -> Any:
     """An encoder's output with the features that stay, or what ``merged`` [B, L, d] has there; an entry per image."""
-    where = frame.placeholders[modality]
+    where = running.placeholders[modality]
     stays = compact.keep[where.to(compact.keep.device)]
     counts = [k for k, image in zip(decision.counts, decision.images, strict=True) if image.modality == modality]
 

@@ -29,13 +29,13 @@ from vtc.dialect.generation import (
 )
 from vtc.dialect.modules import encoder_name, encoder_of, without_adapters
 from vtc.dialect.releases import warn_if_untested
-from vtc.engine.choosing import needs_of
+from vtc.engine.choosing import Chooser, needs_of
 from vtc.engine.compiled import between_graphs, saying_prepared
 from vtc.engine.encode import listening
 from vtc.engine.entry import EntryStage
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
-from vtc.engine.layers import unfit_for
 from vtc.engine.opening import Opening
+from vtc.engine.probe import unfit_for, unfit_tower
 from vtc.engine.recorders import recorders
 from vtc.methods import Method, make_method
 from vtc.methods.registry import blind_methods
@@ -295,6 +295,9 @@ def fitted(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Me
     for step in steps:
         refuse_missing(adapter, parts, step)
     inside = [step for step in steps if not step.stage.at.before_the_model]
+    if (reason := unfit_tower(adapter, parts, Chooser(adapter, parts, method, facts).recorded)) is not None:
+        work = method.remedy or "methods that need no such signal: " + ", ".join(blind_methods())
+        raise UnsupportedModelError(f"method {method.name!r} reads the vision tower, and {reason}. What works: {work}")
     if positions == "compact" and parts.rotates_in_3d:
         raise ValueError(
             f"positions='compact' has no meaning for the (time, height, width) positions of this {name}; "

@@ -51,7 +51,7 @@ def as_float(value: numbers.Real) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def share(name: str, value: Any, rule: str, zero: bool = True) -> float:

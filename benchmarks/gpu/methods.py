@@ -123,7 +123,7 @@ def check(
 
     Kept indices must be ascending, in range and as many as asked for; logits finite. What a method keeps before the
     language model is repeated by hand and compared, and, so that this can fail, so is a prompt with as many other
-    tokens, which must differ. Stages inside the language model are not repeated here; tests/ does that.
+    tokens, which must differ. Stages inside the language model and merging are not repeated here; tests/ does that.
 
     Returns:
         Why it is wrong (empty if it is right), what else to say, and the handle, undone.
@@ -138,13 +138,14 @@ def check(
     assert kept is not None
     if not bool(torch.isfinite(logits).all()):
         return "logits that are not finite", "", handle
-    for sample, images in enumerate(kept):
-        for one in images:
+    for sample, (images, layouts) in enumerate(zip(kept, handle.last_layouts or [], strict=True)):
+        for one, layout in zip(images, layouts, strict=True):
             if not 0 < len(one) < tokens or bool((one.diff() <= 0).any()) or int(one[0]) < 0 or int(one[-1]) >= tokens:
                 return f"sample {sample}: {len(one)} kept tokens are no ascending part of {tokens}", "", handle
-            if isinstance(chosen.keep, int) and not handle.stage.layers.steps and len(one) != chosen.keep:
-                return f"sample {sample}: {len(one)} tokens kept instead of {chosen.keep}", "", handle
-    if handle.stage.layers.steps:
+            wanted = chosen.counts([layout])
+            if wanted is not None and (len(one),) != wanted:
+                return f"sample {sample}: {len(one)} tokens kept instead of {wanted[0]}", "", handle
+    if handle.stage.layers.steps or chosen.merges:
         return "", "kept tokens and finite logits checked", handle
     return *compare(
         model, inputs, logits[0], columns[0] if columns else torch.arange(inputs["input_ids"].shape[1])

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtc.children import Relay
 from vtc.files import replacing, write_text
 from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
@@ -171,6 +172,9 @@ def execute(run: Run, settings: Settings, out: Path, progress: Callable[[float],
         settings: shared by all.
         out: parent of its folder.
         progress: called with the share of requests answered.
+
+    Raises:
+        SystemExit: this process was told to end; the run has ended before.
     """
     folder = run.folder(settings, out)
     outcome = read(run, folder)
@@ -190,13 +194,15 @@ def execute(run: Run, settings: Settings, out: Path, progress: Callable[[float],
 
 def _follow(command: list[str], environment: dict[str, str], log: Path, progress: Callable[[float], None]) -> int:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with log.open("wb") as file, subprocess.Popen(command, env=environment, **pipes) as child:
+    with log.open("wb") as file, Relay() as relay, relay.start(command, env=environment, **pipes) as child:
         assert child.stdout is not None
         for chunk in iter(lambda: child.stdout.read1(1 << 16), b""):  # type: ignore[union-attr]
             file.write(chunk)
             file.flush()
             if percents := _PERCENT.findall(chunk):
                 progress(int(percents[-1]) / 100)
+    if relay.heard:  # the other runs do not begin
+        raise SystemExit(128 + relay.heard)
     return child.returncode
 
 

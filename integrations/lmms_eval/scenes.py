@@ -18,6 +18,7 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "{% endif %}{% endfor %}"
 )
+"""Without BOS: lmms-eval hands what this wrote to a processor, which adds it. With vLLM it differs: vtc_vllm.chat."""
 _YAML = """\
 # Written by vtc_lmms_eval.scenes.
 task: {task}

@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 from vtc.values import shown
+from vtc_vllm import chat
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "{% endif %}{% endfor %}"
-)
 _TOWER = "vision_tower."
 
 
@@ -52,7 +47,15 @@ def write(folder: Path, model: str = "tinyvlm") -> None:
     if model not in SHIPPED:
         raise ValueError(f"model={shown(model)} is none of the shipped ones: {', '.join(SHIPPED)}")
     to_hub_layout(importlib.import_module(SHIPPED[model]).CHECKPOINT, folder)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_chat_template(folder)
+
+
+def write_chat_template(folder: Path) -> None:
+    """Write that of the shipped models beside a model with their words."""
+    from transformers import AutoTokenizer
+
+    template = chat.begun(chat.SHIPPED, AutoTokenizer.from_pretrained(folder))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 
 from vtc.budget import Keep
 from vtc_vllm.selection import Selector
-from vtc_vllm.settings import REQUEST_KEEP, identity, read, with_keep
+from vtc_vllm.settings import REQUEST_KEEP, identity, read, refuse_unknown, with_keep
 
 FIELD = "vtc_{}"
 """By modality, the name of what goes to the model beside each image: float64 [3], its keep, whether that counts tokens,
@@ -56,20 +56,30 @@ class Pruned:
         """All that can be wrong with a request is found here, in the frontend: an encoder that raises stops the engine.
 
         Raises:
-            ValueError: a bad keep, embeddings instead of pixels, placeholders and images that do not match.
+            ValueError: a bad keep, an unknown name that begins as ours do, embeddings instead of pixels, placeholders
+                and images that do not match.
         """
+        inputs = dataclasses.replace(inputs, prompt=self._begun_once(inputs.prompt))
+        refuse_unknown(inputs.hf_processor_mm_kwargs)
         self._method(inputs.hf_processor_mm_kwargs)
         for modality, items in inputs.mm_data_items.items():
             if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
                 raise ValueError(f"{modality} embeddings cannot be pruned; send the {modality} itself")
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
+    def _begun_once(self, prompt: Any) -> Any:
+        """A chat template writes BOS, and some endpoints (/v1/responses) let the tokenizer write it again."""
+        bos = self.info.get_tokenizer().bos_token_id  # type: ignore[attr-defined]
+        doubled = bos is not None and not isinstance(prompt, str) and list(prompt[:2]) == [bos, bos]
+        return prompt[1:] if doubled else prompt
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         data = super()._apply_hf_processor_main(mm_items, _others(hf_kwargs))  # type: ignore[misc]
         keep = self._method(hf_kwargs).keep
         for modality, count in mm_items.get_all_counts().items():
             if count:
-                rows = [(keep, isinstance(keep, int), self.length(i, mm_items)) for i in range(count)]
+                number = min(keep, 2**53)  # as a float64 can hold it, and more than any image has
+                rows = [(number, isinstance(keep, int), self.length(i, mm_items)) for i in range(count)]
                 data[FIELD.format(modality)] = torch.tensor(rows, dtype=torch.float64)
         return data
 

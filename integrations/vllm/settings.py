@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -20,11 +20,29 @@ from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts
 from vtc.patching import fitted
 from vtc.places import Layer
+from vtc.signals import Cls, ClsLogits, TowerSignal
 from vtc.tokens import Layout
-from vtc.values import shown
+from vtc.values import shortened, shown
 
+SERVED = (Cls(), ClsLogits())
+"""What can be had of a vision tower here, see :mod:`vtc_vllm.signals`."""
 REQUEST_KEEP = "vtc_keep"
 """Name of the per-request keep among ``mm_processor_kwargs``."""
+
+
+def places(value: Any) -> Iterator[str]:
+    """Where in a JSON value names stand that are meant for vtc, such as ``messages[0].content[1].vtc_keep``."""
+    todo = [("", value)]
+    while todo:
+        at, value = todo.pop()
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                if str(name).lower().startswith("vtc"):
+                    yield f"{at}{name}"
+                else:
+                    todo.append((f"{at}{name}.", inner))
+        elif isinstance(value, list):
+            todo += [(f"{at.removesuffix('.')}[{i}].", inner) for i, inner in enumerate(value)]
 
 
 def read(entry: Any) -> CompressionConfig:
@@ -74,6 +92,16 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
             f"{method.name} chooses by the question, which vLLM's encoder never sees: it caches images by their "
             "content. What would work: divprune, todre, idpruner; or transformers with vtc.patch"
         )
+    if method.merges:
+        raise ValueError(
+            f"{method.name} writes new values into the tokens that stay, which this plugin does not do in vLLM yet. "
+            "What would work: divprune, todre, idpruner; or transformers with vtc.patch"
+        )
+    if odd := [s for s in method.signals() if isinstance(s, TowerSignal) and s not in SERVED]:
+        raise ValueError(
+            f"{method.name} needs {odd[0]}, and in vLLM the vision tower gives the CLS row of its last layer only. "
+            "What would work: divprune, todre, idpruner; or transformers with vtc.patch"
+        )
     if type(method) is not GlobalCom2 and method.counts([Layout.plain(4)]) is None:
         raise ValueError(
             f"how many tokens {method.name} keeps depends on what is in the image, but vLLM has to know it before the "
@@ -88,11 +116,31 @@ def with_keep(method: Method, keep: Keep) -> Method:
     Raises:
         ValueError: keep out of range, or no number.
     """
+    keep = request_keep(keep)
+    return method if _same(keep, method.keep) else dataclasses.replace(method, keep=keep)
+
+
+def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Look for names in ``mm_processor_kwargs`` that are meant for vtc, and that nothing reads.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for place in places(kwargs):
+        if place != REQUEST_KEEP:
+            raise ValueError(f"{shortened(place)} in mm_processor_kwargs: all that vtc knows there is {REQUEST_KEEP}")
+
+
+def request_keep(value: Any) -> Keep:
+    """The keep that a request asks for.
+
+    Raises:
+        ValueError: out of range, or no number.
+    """
     try:
-        keep = check_keep(keep)
+        return check_keep(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{REQUEST_KEEP} of this request: {error}") from None
-    return method if _same(keep, method.keep) else dataclasses.replace(method, keep=keep)
 
 
 def _same(a: Keep, b: Keep) -> bool:

@@ -25,9 +25,6 @@ class ClsRow(nn.Module):
     Args:
         config: the CLIPVisionConfig.
         signals: those wanted, of the last layer: ``Cls()`` and ``ClsLogits()``.
-
-    Raises:
-        ValueError: others.
     """
 
     def __init__(self, config: Any, signals: Iterable[TowerSignal]) -> None:
@@ -38,8 +35,6 @@ class ClsRow(nn.Module):
         self.num_heads = config.num_attention_heads
         self.scale = (width // self.num_heads) ** -0.5
         self.signals = tuple(signals)
-        if odd := [signal for signal in self.signals if signal not in _ROWS]:
-            raise ValueError(f"vLLM's vision tower gives the CLS row of its last layer only, not {odd[0]}")
         self.heard: dict[TowerSignal, Tensor] = {}
         last = config.num_hidden_layers - 1
         self._name = re.compile(

@@ -12,7 +12,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 
 from vtc_vllm import ARCHITECTURES
 from vtc_vllm.selection import settle
-from vtc_vllm.settings import read
+from vtc_vllm.settings import places, read
 
 logger = logging.getLogger("vllm.vtc")
 
@@ -38,6 +38,11 @@ class Pruning(VerifyAndUpdateConfig):
         if multimodal.video_pruning_rate not in (None, 0.0, _NEXT_TO_NOTHING):
             raise ValueError(
                 f"--video-pruning-rate {multimodal.video_pruning_rate} and vtc would both drop tokens; leave it out"
+            )
+        if misplaced := list(places(multimodal.mm_processor_kwargs)):
+            raise ValueError(
+                f"{misplaced[0]} among the engine's mm_processor_kwargs: there only requests give it; for all of them, "
+                "the config's 'vtc' entry has a keep"
             )
         if config.positions == "original":
             multimodal.video_pruning_rate = _NEXT_TO_NOTHING

@@ -169,7 +169,8 @@ def window_reaches_back(parts: Parts, inputs: Inputs, row: int, new_tokens: int)
     A window counts stored tokens once decoding begins, so such a token sees more than in one long pass.
     """
     real, visual = columns_of(inputs, row), visual_columns(parts, inputs, row)
-    windows = {masks.window_of(parts.decoder.config, layer) for layer in range(len(parts.layers))} - {None}
+    every = (masks.window_of(parts.decoder.config, layer) for layer in range(len(parts.layers)))
+    windows = {window for window in every if window is not None}
     if not windows or not len(visual):
         return False
     behind = int(real[-1]) - int(visual[-1])

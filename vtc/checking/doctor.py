@@ -117,7 +117,8 @@ def _random(name: str, device: str) -> Patient:
 
     def prepare() -> tuple[nn.Module, Any]:
         inputs = {key: value.to(device) for key, value in make_batch(name, (1,)).items()}
-        return get_model(name).to(device), inputs
+        model: Any = get_model(name)
+        return model.to(device), inputs
 
     return Patient(name, name, prepare)
 

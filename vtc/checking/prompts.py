@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc.checking.byhand import IDS, PADDING, Inputs, visual_columns
 from vtc.dialect.arguments import EMBEDS, POSITIONS
+from vtc.dialect.generation import pad_token_of
 from vtc.models import Parts
 
 LONGER = 3
@@ -76,7 +77,7 @@ def padded(parts: Parts, prompts: Sequence[Inputs]) -> dict[str, Any]:
 
 def pad_id(parts: Parts) -> int:
     """What prompts are padded with; 0 where the model does not say."""
-    return getattr(parts.root.generation_config, "pad_token_id", None) or 0
+    return pad_token_of(parts.root)
 
 
 def _aligned(value: Any, inputs: Inputs) -> bool:

@@ -23,6 +23,7 @@ from vtc.checking import byhand, prompts
 from vtc.checking.byhand import IDS, Inputs
 from vtc.checking.result import Check, Verdict, Verification
 from vtc.config import CompressionConfig
+from vtc.dialect.generation import generates
 from vtc.methods import Method
 from vtc.methods.stages import steps_of
 from vtc.models import Parts, resolve
@@ -90,8 +91,8 @@ def verify(
         are failed checks.
 
     Raises:
-        ValueError: the model is patched; the inputs hold no image; a method with stages inside the language model;
-            anything that :func:`vtc.patch` refuses. Nothing was run then.
+        ValueError: the model is patched, or does not generate; the inputs hold no image; a method with stages inside
+            the language model; anything that :func:`vtc.patch` refuses. Nothing was run then.
     """
     if new_tokens < 1:
         raise ValueError(f"{new_tokens=} must be at least 1")
@@ -100,11 +101,21 @@ def verify(
     config, chosen = requested(method, keep, positions, options)
     adapter, parts = resolve(model)
     chosen = fitted(adapter, parts, chosen, config.positions)
+    if not generates(parts.root):
+        raise ValueError(
+            f"verify compares what is generated, and {type(parts.root).__name__} does not generate; verify a model "
+            "that does and has the same base model"
+        )
     if any(not step.stage.at.before_the_model for step in steps_of(chosen, adapter.facts(parts))):
         raise ValueError(
             f"{chosen.name!r} drops tokens between the layers of the language model, and what verify compares with is "
             "one shorter prompt for all of them. Methods that drop before the language model are verified, such as "
             "'divprune'; they go through the same hooks, masks and caches, so verify one of those on your model"
+        )
+    if chosen.merges:
+        raise ValueError(
+            f"{chosen.name!r} writes new values into the tokens that stay, and what verify compares with is a prompt "
+            "from which tokens were left out. Methods that only drop are verified, such as 'divprune'"
         )
     prompts.check_inputs(parts, inputs)
     subject = f"{type(parts.root).__name__} ({parts.config.model_type}), {chosen}, {parts.root.dtype}, {model.device}"

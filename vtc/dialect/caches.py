@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from vtc.dialect.releases import running
+from vtc.dialect.releases import running_release
 from vtc.errors import UnsupportedModelError
 
 _LEDGER = "_vtc_ledger"
@@ -55,7 +55,7 @@ def check() -> None:
         UnsupportedModelError: caches of this release do not have it.
     """
     if missing := [name for name in _METHODS if not callable(getattr(Cache, name, None))]:
-        raise UnsupportedModelError(f"transformers' Cache has no {', '.join(missing)} any more. {running()}")
+        raise UnsupportedModelError(f"transformers' Cache has no {', '.join(missing)} any more. {running_release()}")
 
 
 def new_cache(config: Any) -> Cache:

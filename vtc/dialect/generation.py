@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vtc.dialect.arguments import DEEPSTACK, Spelling
-from vtc.dialect.releases import running
+from vtc.dialect.releases import running_release
 from vtc.errors import UnsupportedModelError
 
 
@@ -38,12 +38,12 @@ class WrappedMethod:
         if not callable(found):
             raise UnsupportedModelError(
                 f"{type(owner).__name__} has no {self.name}, which {self.purpose}: vtc cannot work without it. "
-                f"{running()}"
+                f"{running_release()}"
             )
         if missing := set(self.takes) - inspect.signature(found).parameters.keys():
             raise UnsupportedModelError(
                 f"{type(owner).__name__}.{self.name}, which {self.purpose}, takes no {', '.join(sorted(missing))}; it "
-                f"takes {', '.join(inspect.signature(found).parameters)}. {running()}"
+                f"takes {', '.join(inspect.signature(found).parameters)}. {running_release()}"
             )
         return found
 
@@ -122,3 +122,8 @@ def decoding_loop(root: Any, generation_config: Any) -> Callable[..., Any]:
     if mode not in _LOOPS:
         raise NotImplementedError(f"vtc.generate decodes greedily, by sampling or with beams, not by {mode}")
     return _LOOPS[mode].find(root)
+
+
+def pad_token_of(root: Any) -> int:
+    """The id that fills holes in ids; what it is makes no difference where a mask hides it."""
+    return getattr(root.generation_config, "pad_token_id", None) or 0

@@ -66,6 +66,12 @@ def window_of(config: Any, index: int) -> int | None:
     return window if kind is None or "sliding" in kind else None
 
 
+def set_window(config: Any, window: int) -> None:
+    """Let those layers of a config that have a window look back no further than this."""
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = window
+
+
 def last_layer_before_reuse(config: Any, depth: int) -> int | None:
     """Where the last layers reuse keys of earlier ones: the last layer up to which none of those keys was made.
 

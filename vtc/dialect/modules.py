@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.dialect import caches, masks
-from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, HIDDEN, IDS, MASK, POSITIONS, ROTARY, Spelling
+from vtc.dialect import attention, caches, heads, masks
+from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, HIDDEN, IDS, INSTEAD, MASK, POSITIONS, ROTARY, Spelling
 from vtc.dialect.compilers import uncompiled
 
 _BASE = (IDS, EMBEDS, MASK, CACHE)
@@ -95,6 +96,24 @@ def violations(model: Any) -> Iterator[str]:
         return
     if Spelling(layers_of(decoder)[0].forward, "").name(ROTARY) is None:
         yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"
+    if Spelling(decoder.forward, "").name(INSTEAD) is not None:
+        yield (
+            "its image features do not enter the language model: placeholders enter as zeros, and features are added "
+            "to them between the layers, where nothing tells which of them a method would keep"
+        )
+    if (layer := next((i for i, x in enumerate(layers_of(decoder)) if attention.picks_blocks(x)), None)) is not None:
+        yield (
+            f"its layer {layer} picks blocks of keys by the positions of tokens, and behind dropped tokens positions "
+            "and keys are no longer the same"
+        )
+    if (reason := heads.unknown_head(model, base)) is not None:
+        yield reason
+
+
+def model_types(model: Any) -> list[str | None]:
+    """What a model's config calls its family, and what its base model's does; ``None`` where that is not said."""
+    models = (model, getattr(model, "base_model", None))
+    return [getattr(getattr(each, "config", None), "model_type", None) for each in models]
 
 
 def placeholder_id(config: Any, modality: str) -> int | None:
@@ -172,9 +191,20 @@ def set_attention(config: Any, implementation: str) -> None:
     config._attn_implementation = implementation
 
 
-def builds_masks_early(root: nn.Module) -> bool:
-    """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
-    return hasattr(type(root), "create_masks_for_generate")
+def builds_masks_early(base: nn.Module) -> bool:
+    """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families).
+
+    Such a family tells ``generate`` how, in the class that generates. Heads that do not generate have no such method,
+    and the same base model: the method is looked for wherever the base model is defined.
+    """
+    return any(_defines_masks(family.__module__) for family in type(base).__mro__)
+
+
+@functools.cache
+def _defines_masks(module: str) -> bool:
+    names = vars(sys.modules[module]) if module in sys.modules else {}
+    own = (value for value in names.values() if getattr(value, "__module__", None) == module)
+    return any(isinstance(value, type) and hasattr(value, "create_masks_for_generate") for value in own)
 
 
 def default_use_cache(config: Any) -> bool:

@@ -12,7 +12,7 @@ OLDEST, NEWEST = (5, 17), (5, 24)
 """The ends of what is tested; ``noxfile.py`` has the list, and ``pyproject.toml`` ends before the release after."""
 
 
-def running() -> str:
+def running_release() -> str:
     """A sentence for messages: the release that runs, and those that are known to work."""
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
     return f"This is transformers {transformers.__version__}; vtc is tested with {oldest} to {newest}"
@@ -24,7 +24,7 @@ def warn_if_untested() -> None:
     found = re.match(r"(\d+)\.(\d+)", transformers.__version__)
     if found and tuple(map(int, found.groups())) > NEWEST:
         warnings.warn(
-            f"{running()}. What vtc relies on was found where it looks for it; run `vtc doctor`, or "
+            f"{running_release()}. What vtc relies on was found where it looks for it; run `vtc doctor`, or "
             "vtc.verify(model, inputs), to see whether pruned answers are right here.",
             stacklevel=3,
         )

@@ -1,14 +1,16 @@
-"""What a method does before the language model: its steps there, the signals they need, the values they leave."""
+"""What a method does before the language model: the images of a call are found, and its steps there decide."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from vtc.engine.context import Frame
-from vtc.engine.locate import Located
+from vtc.engine.compaction import Compaction
+from vtc.engine.context import Call
+from vtc.engine.locate import Located, locate
+from vtc.engine.plan import Merged, Plan
 from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import Kept, Step, steps_of
 from vtc.models import Adapter, Parts
@@ -17,28 +19,6 @@ from vtc.signals import ProjectorInput, PromptSignal, Signal, TowerSignal
 from vtc.tokens import VisualTokens
 
 PROJECTOR_INPUT = ProjectorInput()
-
-
-@dataclass(frozen=True)
-class Merged:
-    """New values of visual tokens, in the embedding space of the language model.
-
-    Attributes:
-        features: float [G, N, d]; old values where nothing was written.
-        written: bool [G, N], where there is a new one.
-        size: float32 [G, N], how many tokens a place stands for.
-    """
-
-    features: Tensor
-    written: Tensor
-    size: Tensor
-
-    def into(self, embeds: Tensor, flat: Tensor) -> Tensor:
-        """Write them into embeddings [B, L, d]; LongTensor ``flat`` [G, N] says where each token sits."""
-        end = embeds.shape[0] * embeds.shape[1]
-        rows = torch.cat([embeds.flatten(0, 1), embeds.new_zeros(1, embeds.shape[2])])
-        place = flat.masked_fill(~self.written, end).flatten()
-        return rows.index_copy(0, place, self.features.flatten(0, 1).to(rows.dtype))[:-1].view_as(embeds)
 
 
 class Chooser:
@@ -62,19 +42,19 @@ class Chooser:
         """What the vision tower is asked for."""
         return tuple(dict.fromkeys(s for step in self.steps for s in needs_of(step) if isinstance(s, TowerSignal)))
 
-    def signals(self, step: Step, frame: Frame, images: list[Located], embeds: Tensor) -> dict[str, Tensor]:
+    def signals(self, step: Step, running: Call, images: list[Located], embeds: Tensor) -> dict[str, Tensor]:
         """What a step asked for, by key: of the tower as it was recorded, of the prompt as it stands."""
         found: dict[str, Tensor] = {}
         for signal in needs_of(step):
             if isinstance(signal, TowerSignal):
-                each = [self._recorded(signal, frame, image) for image in images]
+                each = [self._recorded(signal, running, image) for image in images]
                 found[signal.key] = nn.utils.rnn.pad_sequence(each, batch_first=True)
             elif isinstance(signal, PromptSignal):
-                found |= signal.read(embeds, _text(frame, embeds), [image.row for image in images])
+                found |= signal.read(embeds, _text(running, embeds), [image.row for image in images])
         return found
 
-    def _recorded(self, signal: TowerSignal, frame: Frame, image: Located) -> Tensor:
-        values = frame.encoded[image.modality].signals.get(signal)
+    def _recorded(self, signal: TowerSignal, running: Call, image: Located) -> Tensor:
+        values = running.encoded[image.modality].signals.get(signal)
         if values is None or not image.sources:
             raise ValueError(
                 f"method {self.method.name!r} needs the signal {signal.key!r}, but the images of this prompt were "
@@ -114,11 +94,94 @@ def needs_of(step: Step) -> tuple[Signal, ...]:
     return (*step.stage.needs, PROJECTOR_INPUT) if step.stage.at == Projector() else step.stage.needs
 
 
-def _text(frame: Frame, embeds: Tensor) -> Tensor:
+def _text(running: Call, embeds: Tensor) -> Tensor:
     """Bool [B, L]: neither visual nor padding."""
     width = embeds.shape[1]
     text = torch.ones(embeds.shape[:2], dtype=torch.bool)
-    for where in frame.placeholders.values():
+    for where in running.placeholders.values():
         text &= ~where
     text = text.to(embeds.device, non_blocking=True)
-    return text if frame.mask is None else text & frame.mask[:, -width:].bool().to(text.device)
+    return text if running.mask is None else text & running.mask[:, -width:].bool().to(text.device)
+
+
+def plan(chooser: Chooser, running: Call, embeds: Tensor) -> Plan | None:
+    """Find the images of a call and let the method choose.
+
+    Args:
+        chooser: a method's steps before the language model.
+        running: the call.
+        embeds: [B, N, d], what enters the decoder; at placeholders these are the projected features.
+    """
+    method = chooser.method
+    guessed = [m for m in running.placeholders if m in running.encoded and not running.encoded[m].known]
+    if guessed and method.reads_layout:
+        raise ValueError(
+            f"method {method.name!r} reads the structure of the tokens (newlines, crops, frames), and the "
+            f"{guessed[0]}s of this prompt were encoded where it could not be heard (before the model was patched?); "
+            "pass pixel values to the patched model"
+        )
+    placeholders = {m: mask for m, mask in running.placeholders.items() if m in running.encoded}
+    images = locate(placeholders, running.encoded) if placeholders else []
+    if not images:
+        return None
+    width = embeds.shape[1]
+    flat = torch.nn.utils.rnn.pad_sequence(
+        [image.row * width + image.columns for image in images],
+        batch_first=True,
+        padding_value=embeds.shape[0] * width,
+    ).to(embeds.device, non_blocking=True)
+    decision = decide(chooser, running, images, flat, embeds)
+    if running.hides and running.mask is not None and (decision.drops or chooser.goes_on):
+        return decision.without_hidden(running.mask[:, -width:])
+    return decision
+
+
+def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor, embeds: Tensor) -> Plan:
+    """Let the method choose among the tokens of images whose places are known.
+
+    If the method does not look at the host, this and :func:`compaction` are one graph for torch.compile, and with as
+    many tokens in every image also one that a CUDA graph can hold.
+    """
+    features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * embeds.shape[1] - 1)]
+    tokens = VisualTokens(
+        features, tuple(i.layout for i in images), _ordinals(images), samples=tuple(i.row for i in images)
+    )
+    merged, order = None, None
+    entered: dict[int, tuple[int, ...]] = {}
+    for step in chooser.steps:
+        signals = chooser.signals(step, running, images, embeds)
+        values = signals.pop(PROJECTOR_INPUT.key) if step.stage.at == Projector() else tokens.features
+        given = entered.setdefault(id(step.method), tokens.counts)
+        kept = step.reduce(replace(tokens, features=values, signals=signals, axes=step.axes, entered=given))
+        if kept.features is not None:
+            if embeds.requires_grad and torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"{step.method.name} merges tokens, and no gradient flows through that; run it under "
+                    "torch.no_grad(), or train with a method that only drops tokens"
+                )
+            merged = chooser.merged(step, kept, tokens, merged)
+            tokens = replace(tokens, features=merged.features, size=merged.size)
+        order = None if kept.order is None else [row[:k] for row, k in zip(kept.order, kept.chosen, strict=True)]
+        tokens = replace(tokens, alive=kept.mask, alive_counts=kept.counts)
+    return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, entered)
+
+
+def _ordinals(images: list[Located]) -> tuple[int, ...]:
+    rows = [image.row for image in images]
+    return tuple(rows[:g].count(row) for g, row in enumerate(rows))
+
+
+def compaction(plan: Plan, running: Call, shape: torch.Size) -> Compaction:
+    """From the plan to the columns that stay in each row: text, kept visual tokens, no padding."""
+    batch, width = shape
+    device = plan.keep.device
+    gone = torch.zeros(batch * width + 1, dtype=torch.bool, device=device)
+    gone = gone.scatter(0, plan.flat.flatten(), ~plan.keep.flatten())[:-1].view(batch, width)
+    real = None if running.mask is None else running.mask[:, -width:].bool()
+    keep = ~gone if real is None else ~gone & real.to(device)
+    dropped = [0] * batch
+    for image, given, count in zip(plan.images, plan.given, plan.counts, strict=True):
+        dropped[image.row] += given - count
+    lengths = [width] * batch if real is None else running.lengths
+    assert lengths is not None
+    return Compaction.of(keep, [n - d for n, d in zip(lengths, dropped, strict=True)], dropped, running.pad_right)

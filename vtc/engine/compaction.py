@@ -132,3 +132,16 @@ class Compaction(Columns):
         """Kept positions [B, M] → consecutive ones from ``start`` [B or 1]."""
         valid = self.valid.to(ids.device)
         return torch.where(valid, start[:, None] + valid.cumsum(1) - 1, ids)
+
+
+@dataclass(frozen=True)
+class StageResult(Columns):
+    """Columns of the call that were left after one stage.
+
+    Attributes:
+        after: layers run before it.
+        alive: bool [G, N], tokens of each image.
+    """
+
+    after: int
+    alive: Tensor

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtc.engine.compaction import Compaction
+from vtc.engine.compaction import Columns, Compaction
+from vtc.engine.inside import LayerState
 from vtc.engine.locate import Encoded
-
-if TYPE_CHECKING:
-    from vtc.engine.inside import Inside
 
 
 @dataclass
-class Frame:
+class Call:
     """One call of a patched model.
 
     Attributes:
@@ -39,6 +37,8 @@ class Frame:
         later_masks: masks made in a decode step, by (first layer of the stage, layer type).
         adopted: the cache that was prepared for a prompt which lost tokens, until it was checked.
         stored: how long its layers must be afterwards, by the first layer of each stage.
+        featureless: the class of what an encoder returned, where no features of single images were found in it.
+        asked: what the root was called with, by name, where its head counts columns of the prompt.
     """
 
     owner: Any
@@ -52,10 +52,18 @@ class Frame:
     hides: bool = False
     logical: Tensor | None = None
     prepared: bool = False
-    inside: Inside | None = None
+    inside: LayerState | None = None
     later_masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
     adopted: Any = None
     stored: dict[int, int] = field(default_factory=dict)
+    featureless: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def left(self) -> Columns | None:
+        """The columns of a pruned prompt that reach the end of the language model, ``None`` if nothing left."""
+        passed = [] if self.inside is None else self.inside.history
+        return passed[-1] if passed else self.compaction
 
     def see_padding(self, width: int) -> None:
         """Read from ``mask`` how many of the last ``width`` columns are real: a host sync."""
@@ -67,13 +75,13 @@ class Frame:
             self.pad_right = not bool((real | visual)[:, -1].all())  # a hidden image is no padding
 
 
-FRAME: ContextVar[Frame | None] = ContextVar("vtc_frame", default=None)
+RUNNING: ContextVar[Call | None] = ContextVar("vtc_frame", default=None)
 
 
-def running_frame(owner: Any) -> Frame | None:
+def running_call(owner: Any) -> Call | None:
     """The call of ``owner`` that is running in this thread; ``None`` also where the engine should stand aside."""
-    frame = FRAME.get()
-    return None if frame is None or frame.owner is not owner or is_bypassed() else frame
+    running = RUNNING.get()
+    return None if running is None or running.owner is not owner or is_bypassed() else running
 
 
 def is_running(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vtc.dialect.compilers import never_alone
 from vtc.dialect.modules import features_in
 from vtc.engine.compiled import between_graphs
-from vtc.engine.context import is_bypassed, running_frame
+from vtc.engine.context import is_bypassed, running_call
 from vtc.engine.locate import Encoded
 from vtc.engine.recorders import recording, recording_of
 from vtc.models import Adapter, Parts
@@ -83,7 +83,10 @@ def listening(
 
     @between_graphs
     def hear(output: Any, recorded: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = running_call(parts)
         if (lengths := feature_lengths(output)) is None:
+            if running is not None:
+                running.featureless = type(output).__name__
             return
         arguments = _flat(signature, args, kwargs)
         layouts = adapter.layouts(base, modality, lengths, arguments)
@@ -95,8 +98,8 @@ def listening(
         setattr(output, _ATTACHED, encoded)
         if memory is not None:
             memory.keep(modality, output, encoded)
-        if (frame := running_frame(parts)) is not None:
-            frame.encoded[modality] = encoded
+        if running is not None:
+            running.encoded[modality] = encoded
 
     @functools.wraps(encode)
     def call(*args: Any, **kwargs: Any) -> Any:  # what it calls before and after stays out of graphs, the encoder not

@@ -26,16 +26,16 @@ from vtc.dialect.arguments import (
 )
 from vtc.dialect.caches import cache_in, logical_length, mask_sizes, new_cache, physical_length
 from vtc.dialect.masks import attention_kinds, causal_mask
-from vtc.dialect.releases import running
+from vtc.dialect.releases import running_release
 from vtc.engine import masks
-from vtc.engine.choosing import Chooser
+from vtc.engine.choosing import Chooser, compaction, plan
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import FRAME, Frame, is_running, running_frame
+from vtc.engine.context import RUNNING, Call, is_running, running_call
 from vtc.engine.encode import Memory
-from vtc.engine.inside import Inside
+from vtc.engine.inside import LayerState
 from vtc.engine.layers import LayerStages
 from vtc.engine.lengths import SlotMap, adopt, slot_map
-from vtc.engine.plan import Plan, Prefill, compaction, plan
+from vtc.engine.plan import Plan, Prefill
 from vtc.methods import Method
 from vtc.models import Adapter, Parts
 from vtc.tokens import column
@@ -59,12 +59,10 @@ class EntryStage:
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prune a prompt; in a decode step only shift positions, and only if they are compact."""
-        if (frame := running_frame(self.parts)) is None:
+        if (running := running_call(self.parts)) is None:
             return None
-        if not is_running(
-            self.parts.base
-        ):  # an interrupt left the frame of another call, or the base model is passed by
-            FRAME.set(None)
+        if not is_running(self.parts.base):  # an interrupt left another call behind, or the base model is passed by
+            RUNNING.set(None)
             if self.parts.root is not self.parts.base and is_running(self.parts.root):
                 self.say_once(
                     f"{type(self.parts.root).__name__}.forward calls its language model without "
@@ -75,20 +73,23 @@ class EntryStage:
         cache = call[CACHE]
         self._shift(call, slot_map(cache), cache)
         embeds = call[EMBEDS]
-        if not frame.placeholders or embeds is None:
+        if not running.placeholders or embeds is None:
             return (), call.named
-        decision = plan(self.chooser, frame, embeds)
+        decision = plan(self.chooser, running, embeds)
         if decision is None:
             if physical_length(cache) == 0:
-                self.say_once("this prompt has image placeholders, but no image was encoded for it: nothing is pruned")
+                fault = "no image was encoded for it"
+                if running.featureless is not None:
+                    fault = f"in the {running.featureless} that its encoder returned are no features of single images"
+                self.say_once(f"this prompt has image placeholders, but {fault}: nothing is pruned")
             return (), call.named
-        lengths = tuple(frame.lengths or [embeds.shape[1]] * embeds.shape[0])
+        lengths = tuple(running.lengths or [embeds.shape[1]] * embeds.shape[0])
         if decision.drops or self.layers.steps:
-            frame.compaction = compaction(decision, frame, embeds.shape[:2])
-            self._compact(call, frame, decision, frame.compaction)
-        history = [] if frame.inside is None else frame.inside.history
-        self.last = Prefill(decision, frame.compaction, lengths, history)
-        frame.placeholders = {}  # used up: whoever calls the decoder alone next has a prompt of their own
+            running.compaction = compaction(decision, running, embeds.shape[:2])
+            self._compact(call, running, decision, running.compaction)
+        history = [] if running.inside is None else running.inside.history
+        self.last = Prefill(decision, running.compaction, lengths, history)
+        running.placeholders = {}  # used up: whoever calls the decoder alone next has a prompt of their own
         return (), call.named
 
     def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -97,20 +98,20 @@ class EntryStage:
         Raises:
             RuntimeError: it is not. Whatever is generated from such a cache is wrong, so nothing is.
         """
-        if (frame := running_frame(self.parts)) is None or frame.adopted is None:
+        if (running := running_call(self.parts)) is None or running.adopted is None:
             return
-        cache, frame.adopted = frame.adopted, None
+        cache, running.adopted = running.adopted, None
         if (returned := cache_in(output)) is not None and returned is not cache:
             fault = f"the language model returned another {type(returned).__name__} than the cache that was prepared"
         else:
-            stored = {layer: physical_length(cache, layer) for layer in frame.stored}
-            if stored == frame.stored:
+            stored = {layer: physical_length(cache, layer) for layer in running.stored}
+            if stored == running.stored:
                 return
-            fault = f"by layer, the cache should hold {frame.stored} tokens now, and holds {stored}"
+            fault = f"by layer, the cache should hold {running.stored} tokens now, and holds {stored}"
         raise RuntimeError(
             f"{self.method.name} dropped visual tokens, but {type(decoder).__name__} did not take it as it should: "
             f"{fault}. An answer would be wrong. Run `vtc doctor` and report what it prints; vtc.unpatch(model) gives "
-            f"the model back as it was. {running()}"
+            f"the model back as it was. {running_release()}"
         )
 
     def say_once(self, text: str) -> None:
@@ -133,10 +134,10 @@ class EntryStage:
         """
         if POSITIONS.read(kwargs) is None:
             return None
-        if (frame := running_frame(self.parts)) is None:
+        if (running := running_call(self.parts)) is None:
             return None
         cache = CACHE.read(kwargs)
-        if frame.compaction is None and slot_map(cache) is None:
+        if running.compaction is None and slot_map(cache) is None:
             return None
         call = self.parts.spellings.layers[index].bind((), kwargs)
         if not self.layers.reads_positions:
@@ -157,7 +158,7 @@ class EntryStage:
             return
         call[POSITIONS] = ids - slots.dropped.to(ids.device)[:, None]
 
-    def _compact(self, call: Arguments, frame: Frame, decision: Plan, compact: Compaction) -> None:
+    def _compact(self, call: Arguments, running: Call, decision: Plan, compact: Compaction) -> None:
         if self.parts.flash and not self.hides_gaps:
             raise RuntimeError(
                 "the attention implementation was switched to flash attention after vtc.patch, whose hooks do not fit "
@@ -171,15 +172,15 @@ class EntryStage:
         past = physical_length(cache)
         if self.layers.steps:
             starts = self._starts(cache, past, width)
-            inside = Inside.begin(decision, compact, frame.pad_right, starts)
-            inside.past, inside.head = past, masks.stored(frame.mask, width)
-            self.layers.begin(frame, inside, cache)
+            inside = LayerState.begin(decision, compact, running.pad_right, starts)
+            inside.past, inside.head = past, masks.stored(running.mask, width)
+            self.layers.begin(running, inside, cache)
         ids = call[POSITIONS]
         if ids is None:
             ids = torch.arange(width, device=embeds.device)[None] + (0 if cache is None else logical_length(cache))
-        self._keep_samples_apart(frame, call, ids, cache)
-        call[MASK] = masks.shortened(self.parts, call[MASK], frame, compact, cache, past)
-        self._deepstack(call, frame, compact)
+        self._keep_samples_apart(running, call, ids, cache)
+        call[MASK] = masks.shortened(self.parts, call[MASK], running, compact, cache, past)
+        self._deepstack(call, running, compact)
         aligned = {
             name: value
             for name, value in call.named.items()
@@ -191,15 +192,15 @@ class EntryStage:
         call.named |= zip(aligned, compact.sequences(*aligned.values()), strict=True)
         kept = compact.positions(ids)
         if self.positions == "compact":
-            kept = compact.renumber(kept, compact.first_position(ids, frame.mask))
+            kept = compact.renumber(kept, compact.first_position(ids, running.mask))
         call[POSITIONS] = kept
         if cache is not None:
-            frame.adopted, frame.stored = cache, {0: past + compact.length}
+            running.adopted, running.stored = cache, {0: past + compact.length}
             slots = adopt(cache, batch, embeds.device, self.parts)
             dropped = column(compact.dropped, embeds.device)[:, 0]
             slots.extend(past, compact.index, compact.valid, width, dropped, compact.holes)
 
-    def _keep_samples_apart(self, frame: Frame, call: Arguments, ids: Tensor, cache: Any) -> None:
+    def _keep_samples_apart(self, running: Call, call: Arguments, ids: Tensor, cache: Any) -> None:
         """Positions that restart within a row pack several samples into it: write the mask that they stand for.
 
         Transformers tells them by their positions alone, and only where there is neither mask nor cache (with flash
@@ -209,7 +210,7 @@ class EntryStage:
             ValueError: they are packed, and this attention implementation or ``positions="compact"`` cannot do it.
         """
         ids = ids[0] if ids.dim() == 3 else ids
-        if call[MASK] is not None or frame.mask is not None or ids.dim() != 2:
+        if call[MASK] is not None or running.mask is not None or ids.dim() != 2:
             return
         alone = len(call[EMBEDS]) == 1 if self.parts.flash else cache is None
         if not alone or not bool((ids.diff(dim=1) != 1).any()):
@@ -227,7 +228,7 @@ class EntryStage:
                 f"{self.parts.attention!r} and {self.positions!r}"
             )
         call[MASK] = made if len(made) > 1 else next(iter(made.values()))
-        frame.prepared = True
+        running.prepared = True
 
     def _starts(self, cache: Any, past: int, new: int) -> dict[str | None, int]:
         """Where a call's own keys begin in prepared masks, by layer type: windows forget what is far behind."""
@@ -246,11 +247,11 @@ class EntryStage:
             call[CACHE] = new_cache(config)
         return call[CACHE]
 
-    def _deepstack(self, call: Arguments, frame: Frame, compact: Compaction) -> None:
+    def _deepstack(self, call: Arguments, running: Call, compact: Compaction) -> None:
         """Features added to early layers come as rows in (batch, sequence) order of all visual tokens."""
         if (deep := call[DEEPSTACK]) is None:
             return
-        visual = torch.stack([mask for name, mask in frame.placeholders.items() if name in frame.encoded]).any(0)
+        visual = torch.stack([mask for name, mask in running.placeholders.items() if name in running.encoded]).any(0)
         where = visual.flatten().nonzero()[:, 0]  # stray placeholders of a modality without pixels have no rows
         kept = compact.keep.flatten()[where.to(compact.keep.device, non_blocking=True)]
         order = (~kept).to(torch.int8).argsort(stable=True)[: len(where) - sum(compact.dropped)]

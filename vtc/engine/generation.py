@@ -19,7 +19,7 @@ from vtc.dialect.caches import has_fixed_size, physical_length
 from vtc.dialect.compilers import never_alone
 from vtc.dialect.generation import PREFILL, chunk_size
 from vtc.engine.compiled import between_graphs
-from vtc.engine.context import PREPARED_MASKS, PreparedMasks, is_bypassed, running_frame
+from vtc.engine.context import PREPARED_MASKS, PreparedMasks, is_bypassed, running_call
 from vtc.engine.lengths import slot_map
 
 
@@ -90,11 +90,10 @@ def pruning_labels(loss: Callable[..., Any], owner: Any) -> Callable[..., Any]:
 
     @between_graphs
     def shortened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        frame = running_frame(owner)
-        if frame is not None and frame.compaction is not None:
-            passed = frame.inside.history if frame.inside is not None else []
-            shorten = (passed[-1] if passed else frame.compaction).labels
-            shape = frame.compaction.keep.shape
+        running = running_call(owner)
+        if running is not None and running.compaction is not None and running.left is not None:
+            shorten = running.left.labels
+            shape = running.compaction.keep.shape
             args = tuple(shorten(a) if _are_labels(a, shape) else a for a in args)
             kwargs = {name: shorten(v) if _are_labels(v, shape) else v for name, v in kwargs.items()}
         return args, kwargs

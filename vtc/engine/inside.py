@@ -8,28 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.engine.compaction import Columns, Compaction
+from vtc.engine.compaction import Compaction, StageResult
 from vtc.engine.plan import Plan
 from vtc.methods.stages import Kept, Step
 from vtc.signals import DecoderSignal
 from vtc.tokens import VisualTokens
 
 
-@dataclass(frozen=True)
-class Passed(Columns):
-    """Columns of the call that were left after one stage.
-
-    Attributes:
-        after: layers run before it.
-        alive: bool [G, N], tokens of each image.
-    """
-
-    after: int
-    alive: Tensor
-
-
 @dataclass
-class Inside:
+class LayerState:
     """Grows shorter from stage to stage.
 
     Attributes:
@@ -75,7 +62,7 @@ class Inside:
     rotary: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     where: Tensor = field(init=False)
     visual: Tensor = field(init=False)
-    history: list[Passed] = field(default_factory=list)
+    history: list[StageResult] = field(default_factory=list)
     lengths: tuple[int, ...] = ()
     entered: int = 0
     starts: dict[str | None, int] = field(default_factory=dict)
@@ -83,7 +70,7 @@ class Inside:
     past: int = 0
 
     @classmethod
-    def begin(cls, plan: Plan, compact: Compaction, pad_right: bool, starts: dict[str | None, int]) -> Inside:
+    def begin(cls, plan: Plan, compact: Compaction, pad_right: bool, starts: dict[str | None, int]) -> LayerState:
         """At the first layer, after the entry stage left ``compact``."""
         relative = torch.arange(compact.length, device=compact.index.device).expand_as(compact.index)
         inside = cls(

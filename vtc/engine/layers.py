@@ -20,18 +20,12 @@ from torch import Tensor, nn
 from vtc.dialect import attention
 from vtc.dialect.arguments import CACHE, HIDDEN, MASK, POSITIONS, ROTARY, Arguments, Role, Spelling
 from vtc.dialect.caches import mask_sizes, physical_length, stored_keys
-from vtc.dialect.masks import (
-    attention_kinds,
-    causal_mask,
-    last_layer_before_reuse,
-    layer_type,
-    shared_layers,
-    window_of,
-)
-from vtc.engine.compaction import Columns
-from vtc.engine.context import Frame, running_frame
-from vtc.engine.inside import Inside, Passed
+from vtc.dialect.masks import causal_mask, layer_type, window_of
+from vtc.engine.compaction import Columns, StageResult
+from vtc.engine.context import Call, running_call
+from vtc.engine.inside import LayerState
 from vtc.engine.lengths import adopt, slot_map, stage_of
+from vtc.engine.probe import recipes
 from vtc.engine.rows import AttentionRows
 from vtc.methods.returns import check_scores
 from vtc.methods.stages import Step
@@ -58,6 +52,8 @@ class LayerStages:
                 self.watched.setdefault(layer, []).append(signal)
             if not layers:
                 self.read_at.setdefault(signal.layer, []).append(signal)
+        self.recipes = recipes(parts, {s.layer for s in needs if s.needs_rows})
+        """How the layers whose attention is asked for make queries and keys."""
         self.reads_positions = parts.reads_positions
 
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any], bool]]:
@@ -75,9 +71,9 @@ class LayerStages:
 
     # -- before the first layer -----------------------------------------------------------------------------------
 
-    def begin(self, frame: Frame, inside: Inside, cache: Any) -> None:
+    def begin(self, running: Call, inside: LayerState, cache: Any) -> None:
         """A prompt with images enters the decoder; its cache gets a slot map for each stage."""
-        frame.inside = inside
+        running.inside = inside
         batch, device = inside.index.shape[0], inside.index.device
         if cache is not None:
             for step in self.steps:
@@ -87,26 +83,26 @@ class LayerStages:
 
     def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prefill: drop if a stage is here, and hand over what fits the shorter sequence. Decode: maybe a mask."""
-        if (frame := running_frame(self.parts)) is None:
+        if (running := running_call(self.parts)) is None:
             return None
-        if frame.inside is None:
-            return self._later(index, frame, args, kwargs)
+        if running.inside is None:
+            return self._later(index, running, args, kwargs)
         if attention.CHECKPOINTS_HOOKS and attention.is_checkpointed(layer):
             raise NotImplementedError(
                 f"transformers {transformers.__version__} runs hooks again when it recomputes a checkpointed layer: "
                 "tokens would leave twice. Train without gradient checkpointing, update transformers, or use a method "
                 "that drops tokens before the language model"
             )
-        inside = frame.inside
-        call = _Call.of(self.parts.spellings.layers[index], args, kwargs)
+        inside = running.inside
+        call = _LayerCall.of(self.parts.spellings.layers[index], args, kwargs)
         step = self.steps[inside.stages_done] if inside.stages_done < len(self.steps) else None
-        shortened = self._fitted(index, frame, call) if inside.stages_done else call
+        shortened = self._fitted(index, running, call) if inside.stages_done else call
         if index in self.read_at:
-            view = _View.of(self, index, layer, frame, shortened)
+            view = _View.of(self, index, layer, running, shortened)
             inside.signals |= {signal: signal.read(view) for signal in self.read_at[index]}
         if step is not None and _after(step) == index:
-            call.hidden = self._drop(index, frame, shortened)
-            shortened = self._fitted(index, frame, call)
+            call.hidden = self._drop(index, running, shortened)
+            shortened = self._fitted(index, running, call)
         elif shortened is call:
             return None
         return shortened.args, shortened.keywords
@@ -115,9 +111,9 @@ class LayerStages:
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Score what an attention or MLP module of a watched layer did to each token."""
-        if (frame := running_frame(self.parts)) is None or frame.inside is None:
+        if (running := running_call(self.parts)) is None or running.inside is None:
             return
-        inside = frame.inside
+        inside = running.inside
         before = attention.hidden_states(args, kwargs).detach()
         after = (output[0] if isinstance(output, tuple) else output).detach()
         scored: dict[DecoderSignal, Tensor] = {}
@@ -133,8 +129,8 @@ class LayerStages:
 
         @functools.wraps(process)
         def call(hidden: Tensor, where: Tensor, visual_embeds: Tensor, **kwargs: Any) -> Tensor:
-            frame = running_frame(self.parts)
-            inside = None if frame is None else frame.inside
+            running = running_call(self.parts)
+            inside = None if running is None else running.inside
             if inside is not None and inside.stages_done:
                 present = torch.zeros_like(where, dtype=torch.int8)
                 present = present.scatter_reduce(1, inside.relative, inside.valid.to(torch.int8), "amax").bool()
@@ -146,9 +142,9 @@ class LayerStages:
 
     # -- a stage --------------------------------------------------------------------------------------------------
 
-    def _drop(self, index: int, frame: Frame, call: _Call) -> Tensor:
+    def _drop(self, index: int, running: Call, call: _LayerCall) -> Tensor:
         """Let the method's next stage choose; the hidden states of what stays."""
-        inside = frame.inside
+        inside = running.inside
         assert inside is not None
         step = self.steps[inside.stages_done]
         kept = step.reduce(inside.tokens(step, call.hidden))
@@ -159,29 +155,29 @@ class LayerStages:
                 "or train with a method that only drops tokens"
             )
         cache = call[CACHE]
-        inside.past, inside.head = self.stored(index, frame, cache)
+        inside.past, inside.head = self.stored(index, running, cache)
         holes, hidden = inside.drop(kept.mask, kept.counts, merged)
-        frame.stored[index] = inside.past + inside.index.shape[1]
+        running.stored[index] = inside.past + inside.index.shape[1]
         inside.stages_done += 1
-        inside.history.append(Passed(inside.index, inside.valid, index, inside.alive))
+        inside.history.append(StageResult(inside.index, inside.valid, index, inside.alive))
         if (slots := slot_map(cache, index)) is not None:
             dropped = torch.tensor([n - c for n, c in zip(inside.lengths, inside.counts, strict=True)])
             slots.extend(inside.past, inside.index, inside.valid, inside.width, dropped.to(slots.dropped.device), holes)
         return hidden
 
-    def stored(self, index: int, frame: Frame, cache: Any) -> tuple[int, Tensor | None]:
+    def stored(self, index: int, running: Call, cache: Any) -> tuple[int, Tensor | None]:
         """How many keys a layer stored before this call, and which of them are no padding (``None``: all)."""
-        inside = frame.inside
+        inside = running.inside
         assert inside is not None
         ahead = self.steps[inside.stages_done :]
         if not ahead or _after(ahead[0]) != index:  # as the layers before it
             return inside.past, inside.head
         past, slots = physical_length(cache, index), slot_map(cache, index)
-        return past, None if slots is None else slots.physical_mask(_before(frame, slots, past), past)
+        return past, None if slots is None else slots.physical_mask(_before(running, slots, past), past)
 
-    def _fitted(self, index: int, frame: Frame, call: _Call) -> _Call:
+    def _fitted(self, index: int, running: Call, call: _LayerCall) -> _LayerCall:
         """The call with rotary embeddings, mask and aligned tensors of the shorter sequence."""
-        inside = frame.inside
+        inside = running.inside
         assert inside is not None
         present, batch = Columns(inside.relative, inside.valid), len(inside.relative)
 
@@ -189,33 +185,33 @@ class LayerStages:
             aligned = isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (batch, inside.entered)
             return present.sequence(value) if aligned else value
 
-        fitted = _Call(call.hidden, tuple(map(fit, call.others)), call.named.copy())
+        fitted = _LayerCall(call.hidden, tuple(map(fit, call.others)), call.named.copy())
         for name, value in call.named.named.items():
             fitted.named.named[name] = fit(value)
-        rotary = call[ROTARY]
-        if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
-            parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
-            inside.rotary[id(rotary)] = present.sequences(*parts)
-        fitted[ROTARY] = inside.rotary[id(rotary)]
+        if (rotary := call[ROTARY]) is not None:
+            if id(rotary) not in inside.rotary:  # families with two kinds of layers have two
+                parts = (part.expand(batch, *part.shape[1:]) for part in rotary)
+                inside.rotary[id(rotary)] = present.sequences(*parts)
+            fitted[ROTARY] = inside.rotary[id(rotary)]
         ids = call[POSITIONS]
         fitted[POSITIONS] = present.positions(ids) if ids is not None and self.reads_positions else None
-        fitted[MASK] = self._mask(index, frame, call)
+        fitted[MASK] = self._mask(index, running, call)
         return fitted
 
-    def _mask(self, index: int, frame: Frame, call: _Call) -> Any:
-        inside = frame.inside
+    def _mask(self, index: int, running: Call, call: _LayerCall) -> Any:
+        inside = running.inside
         assert inside is not None
         given, cache = call[MASK], call[CACHE]
         kind = layer_type(self.parts.decoder.config, index)
         if kind not in inside.masks:
-            if frame.prepared and isinstance(given, Tensor) and given.dim() == 4:
+            if running.prepared and isinstance(given, Tensor) and given.dim() == 4:
                 inside.masks[kind] = self._prepared(index, given, inside, cache)
             else:
                 padding = inside.padding(inside.past, inside.head)
                 inside.masks[kind] = causal_mask(self.parts.decoder.config, index, call.hidden, padding, cache)
         return inside.masks[kind]
 
-    def _prepared(self, index: int, given: Tensor, inside: Inside, cache: Any) -> Tensor:
+    def _prepared(self, index: int, given: Tensor, inside: LayerState, cache: Any) -> Tensor:
         """Prefix-LM: image tokens attend both ways, which only the mask of the first layers tells."""
         kept = inside.relative.shape[1]
         present = Columns(inside.relative, inside.valid)
@@ -232,12 +228,12 @@ class LayerStages:
 
     # -- signals --------------------------------------------------------------------------------------------------
 
-    def positions(self, call: _Call) -> Tensor | None:
+    def positions(self, call: _LayerCall) -> Tensor | None:
         """Position ids [B, M] of a call, where layers compute with them."""
         ids = call[POSITIONS] if self.reads_positions else None
         return None if ids is None else ids.expand(len(call.hidden), -1)
 
-    def start(self, index: int, inside: Inside, cache: Any, past: int) -> int:
+    def start(self, index: int, inside: LayerState, cache: Any, past: int) -> int:
         """Where this call's own keys begin in the mask that a layer gets now."""
         if not inside.stages_done:
             return inside.starts.get(layer_type(self.parts.decoder.config, index), 0)
@@ -245,28 +241,28 @@ class LayerStages:
 
     # -- after the prefill ----------------------------------------------------------------------------------------
 
-    def _later(self, index: int, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _later(self, index: int, running: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decode step or a later turn without images: layers past a stage store other slots than the first."""
         cache = CACHE.read(kwargs)
         if (slots := slot_map(cache, index)) is None or slots is slot_map(cache):
             return None
         hidden = attention.hidden_states(args, kwargs)
         length = physical_length(cache, index) + hidden.shape[1]
-        padding = slots.physical_mask(frame.logical, length)
+        padding = slots.physical_mask(running.logical, length)
         call = self.parts.spellings.layers[index].bind((), kwargs)
         if padding is None and call[MASK] is None:
             return None
         key = (stage_of(cache, index), layer_type(self.parts.decoder.config, index))
-        if key not in frame.later_masks:
-            frame.later_masks[key] = causal_mask(self.parts.decoder.config, index, hidden, padding, cache)
-        call[MASK] = frame.later_masks[key]
+        if key not in running.later_masks:
+            running.later_masks[key] = causal_mask(self.parts.decoder.config, index, hidden, padding, cache)
+        call[MASK] = running.later_masks[key]
         return args, call.named
 
 
 class _View:
     """What signals of one layer see of a prefill; rows are projected once for all of them."""
 
-    def __init__(self, inside: Inside, hidden: Tensor, bidirectional: bool, project: Callable[..., AttentionRows]):
+    def __init__(self, inside: LayerState, hidden: Tensor, bidirectional: bool, project: Callable[..., AttentionRows]):
         self.inside, self.hidden, self.bidirectional, self._project = inside, hidden, bidirectional, project
         self.visual = inside.visual
         self.text, self._longest = inside.text_behind()
@@ -274,19 +270,20 @@ class _View:
         self._rows: dict[str, AttentionRows] = {}
 
     @classmethod
-    def of(cls, stages: LayerStages, index: int, layer: nn.Module, frame: Frame, call: _Call) -> _View:
-        inside = frame.inside
+    def of(cls, stages: LayerStages, index: int, layer: nn.Module, running: Call, call: _LayerCall) -> _View:
+        inside = running.inside
         assert inside is not None
         cache, given = call[CACHE], call[MASK]
-        past, head = stages.stored(index, frame, cache)
+        past, head = stages.stored(index, running, cache)
         prepared = None
-        if frame.prepared and isinstance(given, Tensor) and given.dim() == 4:
+        if running.prepared and isinstance(given, Tensor) and given.dim() == 4:
             start = stages.start(index, inside, cache, past)
             prepared = given[..., start : start + inside.index.shape[1]]
         hidden = call.hidden.detach()
         project = functools.partial(
             AttentionRows.of,
             layer,
+            stages.recipes[index],
             hidden,
             call[ROTARY],
             stages.positions(call),
@@ -305,7 +302,7 @@ class _View:
 
 
 @dataclass
-class _Call:
+class _LayerCall:
     """A decoder layer's arguments; hidden states stay positional, since capture hooks read them there."""
 
     hidden: Tensor
@@ -313,7 +310,7 @@ class _Call:
     named: Arguments
 
     @classmethod
-    def of(cls, spelling: Spelling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    def of(cls, spelling: Spelling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _LayerCall:
         named = spelling.bind((), kwargs)
         if args:
             return cls(args[0], args[1:], named)
@@ -334,33 +331,12 @@ class _Call:
         return self.named.named
 
 
-def _before(frame: Frame, slots: Any, past: int) -> Tensor | None:
+def _before(running: Call, slots: Any, past: int) -> Tensor | None:
     """The 2-D padding mask over the logical columns that were stored before this call."""
-    return None if frame.logical is None else frame.logical[:, : past + slots.removed]
+    return None if running.logical is None else running.logical[:, : past + slots.removed]
 
 
 def _after(step: Step) -> int:
     """How many layers run before a step between layers."""
     assert isinstance(step.stage.at, Layer)
     return step.stage.at.after
-
-
-def unfit_for(parts: Parts, steps: Sequence[Step]) -> str | None:
-    """Why tokens cannot leave this language model at these stages, ``None`` if they can."""
-    config = parts.decoder.config
-    kinds = attention_kinds(config) or []
-    if odd := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind or "chunked" in kind}):
-        return f"this one has {', '.join(odd)} layers, whose state has no single tokens to leave out"
-    first = attention.self_attention(parts.layers[0])
-    signals = [s for step in steps for s in step.stage.needs if isinstance(s, DecoderSignal)]
-    if any(signal.needs_rows for signal in signals) and not attention.has_projections(first):
-        return f"its attention ({type(first).__name__}) has no q_proj and k_proj to recompute rows from"
-    if any([*signal.watched()] for signal in signals) and (first is None or attention.mlp(parts.layers[0]) is None):
-        return "its layers have no attention and mlp to watch"
-    last = last_layer_before_reuse(config, len(parts.layers))
-    if last is not None and (late := [_after(step) for step in steps if _after(step) > last]):
-        return (
-            f"its last {shared_layers(config)} layers reuse keys of layer {last}, which would still hold what leaves "
-            f"after layer {late[0]}; stages up to {last} work"
-        )
-    return None

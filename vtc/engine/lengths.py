@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vtc.dialect.caches import give_ledger, ledger_of
-from vtc.engine.context import running_frame
+from vtc.engine.context import running_call
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -113,7 +113,7 @@ class SlotMaps(dict[int, SlotMap]):
         Raises:
             RuntimeError: it is not the patch that pruned the cache that goes on with it.
         """
-        if running_frame(self.owner) is None:
+        if running_call(self.owner) is None:
             raise RuntimeError(
                 f"this cache was pruned: it stands for {self[0].logical} tokens of a prompt and holds "
                 f"{self[0].physical}. Only the patch that pruned it can go on with it, and the model is not under that "

@@ -77,7 +77,7 @@ def _of_modality(modality: str, mask: Tensor, encoded: Encoded) -> list[Located]
         return [
             Located(row, run, Layout.plain(len(run)), modality, ())
             for row, own in enumerate(columns)
-            for run in _runs(own)
+            for run in runs(own)
         ]
     images: list[Located] = []
     for row, (own, sources) in enumerate(zip(columns, shares, strict=True)):
@@ -124,7 +124,8 @@ def _share(counts: list[int], lengths: list[int]) -> list[list[int]] | None:
     return shares
 
 
-def _runs(columns: Tensor) -> list[Tensor]:
+def runs(columns: Tensor) -> list[Tensor]:
+    """Ascending columns [n], cut where one is missing."""
     if not len(columns):
         return []
     gaps = (torch.diff(columns) > 1).nonzero()[:, 0] + 1

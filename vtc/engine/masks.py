@@ -14,18 +14,18 @@ from torch import Tensor
 from vtc.dialect.caches import ledger_of, mask_sizes, physical_length
 from vtc.dialect.masks import attention_kinds
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import Frame
+from vtc.engine.context import Call
 from vtc.engine.lengths import SlotMap
 from vtc.models import Parts
 
 
-def shortened(parts: Parts, mask: Any, frame: Frame, compact: Compaction, cache: Any, past: int) -> Any:
+def shortened(parts: Parts, mask: Any, running: Call, compact: Compaction, cache: Any, past: int) -> Any:
     """What the decoder gets for a mask.
 
     Args:
         parts: the model.
         mask: what it would have got: ``None``, 2-D, 4-D, a block mask or a dict of those by layer type.
-        frame: the call; its padding mask is about the ``past`` stored and all new columns.
+        running: the call; its padding mask is about the ``past`` stored and all new columns.
         compact: the columns that stay.
         cache: the cache of the call, or ``None``.
         past: tokens it holds.
@@ -33,8 +33,8 @@ def shortened(parts: Parts, mask: Any, frame: Frame, compact: Compaction, cache:
     Raises:
         ValueError: the caller made a mask of a kind that cannot lose columns.
     """
-    padding = _padding(frame.mask, compact, cache, past)
-    if not frame.prepared or mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+    padding = _padding(running.mask, compact, cache, past)
+    if not running.prepared or mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         return padding
     if not parts.builds_masks_early and (parts.flash or not isinstance(mask, (Tensor, dict))):
         raise ValueError(

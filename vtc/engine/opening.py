@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vtc.dialect import modules
 from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, IDS, LOGITS, MASK, Arguments
 from vtc.dialect.caches import physical_length
-from vtc.engine import masks
-from vtc.engine.context import FRAME, PREPARED_MASKS, Frame, is_bypassed, is_running, running_frame
+from vtc.dialect.heads import Head
+from vtc.engine import heads, masks
+from vtc.engine.context import PREPARED_MASKS, RUNNING, Call, is_bypassed, is_running, running_call
 from vtc.engine.encode import attached
 from vtc.engine.entry import EntryStage
 from vtc.engine.lengths import slot_map, take_over
@@ -24,33 +25,40 @@ from vtc.ops.gather import gather_columns
 
 
 class Opening:
-    """Hooks on root and base model: they open a frame, fill it, and close it."""
+    """Hooks on root and base model: they open a call, fill it, and close it."""
 
     def __init__(self, stage: EntryStage) -> None:
         self.stage, self.parts = stage, stage.parts
+        self.head = stage.parts.head
 
     # -- the root -------------------------------------------------------------------------------------------------
 
     def before_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Open a frame. If the caller wants the logits of some columns, :meth:`after_base` will pick them."""
+        """Open a call. If the caller wants the logits of some columns, :meth:`after_base` will pick them."""
         if is_bypassed():
             return None
-        frame = Frame(self.parts)
-        FRAME.set(frame)
+        running = Call(self.parts)
+        RUNNING.set(running)
         call = self.parts.spellings.root.bind(args, kwargs)
+        if self.head is not Head.TOKENWISE:
+            running.asked = call.named
+            return None
         wanted = call[LOGITS]
         if wanted is None or (isinstance(wanted, int) and wanted < 1):
             return None
-        frame.wanted = wanted
+        running.wanted = wanted
         if isinstance(wanted, int) and wanted == 1:  # of generate: the last is the last, but for padding on the right
             return None
         call[LOGITS] = 0
         return (), call.named
 
-    @staticmethod
-    def after_root(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Close the frame, also when the forward pass raised."""
-        FRAME.set(None)
+    def after_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Close the call, also when the forward pass raised; vectors of dropped tokens leave what is returned."""
+        running = running_call(self.parts)
+        RUNNING.set(None)
+        if running is None or running.compaction is None or output is None or self.head is not Head.VECTORS:
+            return None
+        return heads.shortened(output, running)
 
     # -- the base model -------------------------------------------------------------------------------------------
 
@@ -58,48 +66,57 @@ class Opening:
         """See what is asked; translate the masks for a cache that was pruned."""
         if is_bypassed():
             return None
-        frame = FRAME.get()
-        if frame is None or frame.owner is not self.parts or not is_running(self.parts.root):
-            frame = Frame(self.parts)  # the base model was called by itself
-            FRAME.set(frame)
+        running = RUNNING.get()
+        if running is None or running.owner is not self.parts or not is_running(self.parts.root):
+            running = Call(self.parts)  # the base model was called by itself
+            RUNNING.set(running)
         call = self.parts.spellings.base.bind(args, kwargs)
-        self._see_masks(frame, call)
+        self._see_masks(running, call)
         if _width(call) > 1:
-            self._see_placeholders(frame, call)
+            self._see_placeholders(running, call, base)
         return (), call.named
 
-    def _see_masks(self, frame: Frame, call: Arguments) -> None:
+    def _see_masks(self, running: Call, call: Arguments) -> None:
         mask, cache = call[MASK], call[CACHE]
         take_over(cache, self.parts)
         made, slots = PREPARED_MASKS.get(), slot_map(cache)
         PREPARED_MASKS.set(None)
-        frame.prepared = self.parts.builds_masks_early
-        frame.logical = frame.mask = mask
+        running.prepared = self.parts.builds_masks_early
+        running.logical = running.mask = mask
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             if made is not None and made.cache is cache:  # the 2-D mask was seen where this one was made
-                frame.logical, frame.mask = made.logical, made.physical
+                running.logical, running.mask = made.logical, made.physical
             else:  # the caller's own
-                frame.logical, frame.mask, frame.prepared = None, None, True
+                running.logical, running.mask, running.prepared = None, None, True
                 if slots is not None:
                     call[MASK] = masks.translated(mask, cache, slots, _width(call))
         elif slots is not None:
             length = physical_length(cache) + _width(call)
             if mask is None or mask.shape[1] == length + slots.removed:
-                call[MASK] = frame.mask = slots.physical_mask(mask, length)
+                call[MASK] = running.mask = slots.physical_mask(mask, length)
 
-    def _see_placeholders(self, frame: Frame, call: Arguments) -> None:
-        ids, embeds = call[IDS], call[EMBEDS]
+    def _see_placeholders(self, running: Call, call: Arguments, base: nn.Module) -> None:
+        merged = call[IDS] is None and IDS.read(running.asked) is not None  # the root has embedded its ids itself
+        ids, embeds = IDS.read(running.asked) if merged else call[IDS], call[EMBEDS]
         for modality, token in self.parts.placeholders.items():
             where = ids == token if ids is not None else _embedded(self.parts.base, embeds, token)
             if (host := where.cpu()).any():
-                frame.placeholders[modality] = host
+                running.placeholders[modality] = host
         for modality, output in (call[ENCODED] or {}).items():
             if (
                 encoded := attached(self.stage.adapter, self.parts.base, modality, output, self.stage.memory)
             ) is not None:
-                frame.encoded[modality] = encoded
-        frame.see_padding(_width(call))
-        if ids is None and not frame.placeholders and not physical_length(call[CACHE]):
+                running.encoded[modality] = encoded
+        if merged:
+            running.encoded |= heads.merged_before(self.stage.adapter, self.parts, running)
+        if (
+            running.placeholders
+            and self.parts.root is self.parts.base
+            and (caller := heads.caller_of(base)) is not None
+        ):
+            heads.check_caller(caller, base)
+        running.see_padding(_width(call))
+        if ids is None and not running.placeholders and not physical_length(call[CACHE]):
             self.stage.say_once(
                 "a prompt came as embeddings in which no placeholder stands: images that were merged into it already "
                 "cannot be found, so nothing is pruned. Give token ids and pixel values, or embeddings with "
@@ -107,25 +124,34 @@ class Opening:
             )
 
     def after_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hidden states of the columns whose logits the caller wants, as columns of the prompt.
+        """Hidden states of the columns whose logits the caller wants, as columns of the prompt; of all, if heads count.
 
         Raises:
-            IndexError: one of them was dropped.
+            IndexError: one that is wanted was dropped.
         """
-        if (frame := running_frame(self.parts)) is None or frame.wanted is None:
+        if (running := running_call(self.parts)) is None:
             return None
-        if isinstance(frame.wanted, int) and frame.wanted == 1 and (frame.compaction is None or not frame.pad_right):
+        if running.asked and running.compaction is not None:
+            hidden = heads.whole(self.head, self.parts.root, running, modules.last_hidden(output))
+            return modules.with_last_hidden(output, hidden)
+        if running.wanted is None:
+            return None
+        if (
+            isinstance(running.wanted, int)
+            and running.wanted == 1
+            and (running.compaction is None or not running.pad_right)
+        ):
             return None
         hidden = modules.last_hidden(output)
-        width = hidden.shape[1] if frame.compaction is None else frame.compaction.width
-        columns = _columns(frame.wanted, width, hidden.device)
-        if frame.compaction is None:
+        width = hidden.shape[1] if running.compaction is None else running.compaction.width
+        columns = _columns(running.wanted, width, hidden.device)
+        if running.compaction is None:
             return modules.with_last_hidden(output, hidden[:, columns])
-        left = frame.inside.history[-1] if frame.inside is not None and frame.inside.history else frame.compaction
-        slots = left.slots(width)[:, columns]
+        assert running.left is not None
+        slots = running.left.slots(width)[:, columns]
         gone = slots < 0
-        if frame.mask is not None:  # of padding nobody wants to know
-            gone &= frame.mask[:, -width:].bool().to(gone.device)[:, columns]
+        if running.mask is not None:  # of padding nobody wants to know
+            gone &= running.mask[:, -width:].bool().to(gone.device)[:, columns]
         if gone.any():
             row, which = gone.nonzero()[0].tolist()
             raise IndexError(

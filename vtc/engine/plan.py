@@ -1,22 +1,36 @@
-"""The decision about one batch of prompts: which images are where, what the method keeps, which columns that leaves."""
+"""The decision about one batch of prompts: which images are where, what the method keeps, what stands there now."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vtc.engine.choosing import PROJECTOR_INPUT, Chooser, Merged
-from vtc.engine.compaction import Compaction
-from vtc.engine.context import Frame
-from vtc.engine.locate import Located, locate
-from vtc.places import Projector
-from vtc.tokens import VisualTokens
+from vtc.engine.compaction import Compaction, StageResult
+from vtc.engine.locate import Located
 
-if TYPE_CHECKING:
-    from vtc.engine.inside import Passed
+
+@dataclass(frozen=True)
+class Merged:
+    """New values of visual tokens, in the embedding space of the language model.
+
+    Attributes:
+        features: float [G, N, d]; old values where nothing was written.
+        written: bool [G, N], where there is a new one.
+        size: float32 [G, N], how many tokens a place stands for.
+    """
+
+    features: Tensor
+    written: Tensor
+    size: Tensor
+
+    def into(self, embeds: Tensor, flat: Tensor) -> Tensor:
+        """Write them into embeddings [B, L, d]; LongTensor ``flat`` [G, N] says where each token sits."""
+        end = embeds.shape[0] * embeds.shape[1]
+        rows = torch.cat([embeds.flatten(0, 1), embeds.new_zeros(1, embeds.shape[2])])
+        place = flat.masked_fill(~self.written, end).flatten()
+        return rows.index_copy(0, place, self.features.flatten(0, 1).to(rows.dtype))[:-1].view_as(embeds)
 
 
 @dataclass(frozen=True)
@@ -79,93 +93,10 @@ class Prefill:
     plan: Plan
     compaction: Compaction | None
     lengths: tuple[int, ...]
-    history: list[Passed]
+    history: list[StageResult]
 
     def kept(self) -> list[tuple[int, list[list[Tensor]]]]:
         """(layers run before, kept indices by sample and image): at entry, and after each stage."""
         batch = len(self.lengths)
         inside = [(stage.after, self.plan.kept(batch, stage.alive)) for stage in self.history]
         return [(0, self.plan.kept(batch)), *inside]
-
-
-def plan(chooser: Chooser, frame: Frame, embeds: Tensor) -> Plan | None:
-    """Find the images of a call and let the method choose.
-
-    Args:
-        chooser: a method's steps before the language model.
-        frame: the call.
-        embeds: [B, N, d], what enters the decoder; at placeholders these are the projected features.
-    """
-    method = chooser.method
-    guessed = [m for m in frame.placeholders if m in frame.encoded and not frame.encoded[m].known]
-    if guessed and method.reads_layout:
-        raise ValueError(
-            f"method {method.name!r} reads the structure of the tokens (newlines, crops, frames), and the "
-            f"{guessed[0]}s of this prompt were encoded where it could not be heard (before the model was patched?); "
-            "pass pixel values to the patched model"
-        )
-    placeholders = {m: mask for m, mask in frame.placeholders.items() if m in frame.encoded}
-    images = locate(placeholders, frame.encoded) if placeholders else []
-    if not images:
-        return None
-    width = embeds.shape[1]
-    flat = torch.nn.utils.rnn.pad_sequence(
-        [image.row * width + image.columns for image in images],
-        batch_first=True,
-        padding_value=embeds.shape[0] * width,
-    ).to(embeds.device, non_blocking=True)
-    decision = decide(chooser, frame, images, flat, embeds)
-    if frame.hides and frame.mask is not None and (decision.drops or chooser.goes_on):
-        return decision.without_hidden(frame.mask[:, -width:])
-    return decision
-
-
-def decide(chooser: Chooser, frame: Frame, images: list[Located], flat: Tensor, embeds: Tensor) -> Plan:
-    """Let the method choose among the tokens of images whose places are known.
-
-    If the method does not look at the host, this and :func:`compaction` are one graph for torch.compile, and with as
-    many tokens in every image also one that a CUDA graph can hold.
-    """
-    features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * embeds.shape[1] - 1)]
-    tokens = VisualTokens(
-        features, tuple(i.layout for i in images), _ordinals(images), samples=tuple(i.row for i in images)
-    )
-    merged, order = None, None
-    entered: dict[int, tuple[int, ...]] = {}
-    for step in chooser.steps:
-        signals = chooser.signals(step, frame, images, embeds)
-        values = signals.pop(PROJECTOR_INPUT.key) if step.stage.at == Projector() else tokens.features
-        given = entered.setdefault(id(step.method), tokens.counts)
-        kept = step.reduce(replace(tokens, features=values, signals=signals, axes=step.axes, entered=given))
-        if kept.features is not None:
-            if embeds.requires_grad and torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"{step.method.name} merges tokens, and no gradient flows through that; run it under "
-                    "torch.no_grad(), or train with a method that only drops tokens"
-                )
-            merged = chooser.merged(step, kept, tokens, merged)
-            tokens = replace(tokens, features=merged.features, size=merged.size)
-        order = None if kept.order is None else [row[:k] for row, k in zip(kept.order, kept.chosen, strict=True)]
-        tokens = replace(tokens, alive=kept.mask, alive_counts=kept.counts)
-    return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, entered)
-
-
-def _ordinals(images: list[Located]) -> tuple[int, ...]:
-    rows = [image.row for image in images]
-    return tuple(rows[:g].count(row) for g, row in enumerate(rows))
-
-
-def compaction(plan: Plan, frame: Frame, shape: torch.Size) -> Compaction:
-    """From the plan to the columns that stay in each row: text, kept visual tokens, no padding."""
-    batch, width = shape
-    device = plan.keep.device
-    gone = torch.zeros(batch * width + 1, dtype=torch.bool, device=device)
-    gone = gone.scatter(0, plan.flat.flatten(), ~plan.keep.flatten())[:-1].view(batch, width)
-    real = None if frame.mask is None else frame.mask[:, -width:].bool()
-    keep = ~gone if real is None else ~gone & real.to(device)
-    dropped = [0] * batch
-    for image, given, count in zip(plan.images, plan.given, plan.counts, strict=True):
-        dropped[image.row] += given - count
-    lengths = [width] * batch if real is None else frame.lengths
-    assert lengths is not None
-    return Compaction.of(keep, [n - d for n, d in zip(lengths, dropped, strict=True)], dropped, frame.pad_right)

@@ -143,7 +143,7 @@ def _wrap_forward(module: nn.Module) -> None:
 
 
 def _unwrap_forward(module: nn.Module) -> None:
-    forward = module.__dict__.get("forward")
+    forward: Any = module.__dict__.get("forward")
     if not hasattr(forward, "_vtc_hides"):  # somebody put another one there meanwhile
         return
     if forward._vtc_hides is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,9 @@ class AttentionRows:
     def of(
         cls,
         layer: nn.Module,
+        recipe: inner.Recipe,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Sequence[Tensor] | None,
         positions: Tensor | None,
         which: Tensor,
         longest: int,
@@ -57,8 +59,9 @@ class AttentionRows:
 
         Args:
             layer: the decoder layer.
+            recipe: how it makes queries and keys.
             hidden: [B, M, d], what enters it.
-            rotary: cos and sin of the M columns, as the layer gets them.
+            rotary: cos and sin of the M columns, as the layer gets them; ``None`` where it gets none.
             positions: LongTensor [B, M] for layers that compute with position ids, else ``None``.
             which: bool [B, M], the rows wanted.
             longest: the most rows any sample wants (host integer).
@@ -70,13 +73,13 @@ class AttentionRows:
         attention = inner.self_attention(layer)
         assert attention is not None
         index = which.to(torch.int8).argsort(dim=1, stable=True)[:, -max(1, longest) :]
-        x = inner.norm(layer, hidden)
-        cos, sin = (part.expand(len(x), -1, -1) for part in rotary)
-        rows, row_cos, row_sin = gather_columns((x, cos, sin), index)
-        query = inner.rotate(attention, inner.project(attention, rows, "q"), row_cos, row_sin)
+        x = inner.norm(layer, hidden, recipe)
+        turns = [part.expand(len(x), -1, -1) for part in rotary or ()]
+        rows, *row_turns = gather_columns((x, *turns), index)
+        query = inner.project(attention, rows, row_turns, "q", recipe)
         if positions is not None:
             query = inner.scale_by_position(attention, query, positions.gather(1, index))
-        key = inner.rotate(attention, inner.project(attention, x, "k"), cos, sin)
+        key = inner.project(attention, x, turns, "k", recipe)
         past = 0 if keys is None else keys.shape[2]
         if keys is not None:
             key = torch.cat([keys.to(key.dtype), key], dim=2)

@@ -51,6 +51,11 @@ class Allocator(Method):
         return self.selector is not None and self.selector.query_aware
 
     @property
+    def merges(self) -> bool:  # type: ignore[override]
+        """As the selector does."""
+        return self.selector is not None and self.selector.merges
+
+    @property
     def remedy(self) -> str:
         """That of the selector."""
         return super().remedy if self.selector is None else self.selector.remedy
@@ -154,7 +159,7 @@ class Allocate(Allocator):
         selector: the method that chooses; its own ``keep`` and ``newlines`` do not count.
     """
 
-    selector: Method = _SELECTOR  # type: ignore[assignment]
+    selector: Method = _SELECTOR
     by: Literal["uniform", "image", "frame"] = "uniform"
 
     name: ClassVar[str] = "allocate"

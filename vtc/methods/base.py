@@ -112,6 +112,8 @@ class Method(ABC):
     query_aware: ClassVar[bool] = False
     """True when the question decides what stays; such a keep-set does not fit the next question. A class where that
     depends on the options makes it a property."""
+    merges: ClassVar[bool] = False
+    """True when :meth:`reduce` returns features: new values stand in the places that stay."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))  # a NumPy number becomes a plain one

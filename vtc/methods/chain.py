@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vtc.budget import Keep
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage
@@ -53,7 +53,7 @@ class Chain(Method):
         for side in ("first", "second"):
             if not isinstance(getattr(self, side), Method):
                 raise TypeError(f"{side}={shown(getattr(self, side))} is no vtc.Method")
-        given = {n: v for n, v in (("keep", self.keep), ("newlines", self.newlines)) if v is not None}
+        given: dict[str, Any] = {n: getattr(self, n) for n in ("keep", "newlines") if getattr(self, n) is not None}
         if any(getattr(self.first, n) != v or type(getattr(self.first, n)) is not type(v) for n, v in given.items()):
             object.__setattr__(self, "first", replace(self.first, **given))
         object.__setattr__(self, "keep", self.first.keep)
@@ -84,6 +84,11 @@ class Chain(Method):
     def query_aware(self) -> bool:  # type: ignore[override]
         """If one of the two is."""
         return self.first.query_aware or self.second.query_aware
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        """If one of the two does."""
+        return self.first.merges or self.second.merges
 
     @property
     def members(self) -> tuple[Method, ...]:

@@ -112,7 +112,7 @@ class GlobalCom2(Allocator):
     def settle(self, facts: ModelFacts) -> Method:
         """Chooses the scores, if they were left open."""
         settled = super().settle(facts)
-        if self.scores is not None:
+        if self.scores is not None or not isinstance(settled, GlobalCom2):
             return settled
         return replace(settled, scores="logits" if ClsLogits.kind in facts.signals else "distance")
 

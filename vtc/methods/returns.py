@@ -64,6 +64,8 @@ def check_reduction(method: object, found: Any, budget: tuple[int, ...] | None, 
         if not 0 <= k <= n:
             raise ValueError(f"{who}: row {row} counts {k} of the {n} tokens that are there")
     _check_index(method, who, found.index, counts, tokens)
+    if found.features is not None and not getattr(method, "merges", False):
+        raise ValueError(f"{who} returned features, but merges is not set; write `merges = True` in {_name(method)}")
     wanted = (*found.index.shape, tokens.features.shape[-1])
     for what, tensor, shape in (("features", found.features, wanted), ("size", found.size, wanted[:2])):
         if tensor is None:

@@ -134,7 +134,7 @@ class TransPrune(Scorer):
 
     def _ratio(self, index: int, given: int) -> float:
         """The published ratio of a stage, bent so that the last one is ``keep``."""
-        return 1.0 - (1.0 - self.ratios[index]) * (1.0 - share(self.keep, given)) / (1.0 - self.ratios[-1])
+        return 1.0 - (1.0 - self.ratios[index]) * (1.0 - share(self.keep or 0.0, given)) / (1.0 - self.ratios[-1])
 
     def score(self, stage: Stage, tokens: VisualTokens) -> Tensor:
         """Steps 2 to 4; summed in float64, so that padding does not change it."""

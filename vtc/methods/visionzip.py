@@ -37,6 +37,7 @@ class VisionZip(Method):
     contextual: int | None = None
 
     name: ClassVar[str] = "visionzip"
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +48,7 @@ class VisionZip(Method):
             raise ValueError(f"newlines={shown(self.newlines)}: a newline has no features to merge; leave 'keep'")
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
-        """Before the projector, with attention and keys of the layer before the last."""
+        """With attention and keys of the layer before the last."""
         return (Stage(Projector(), needs=(Cls(layer=-2), TowerKeys(layer=-2))),)
 
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:

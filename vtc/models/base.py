@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtc.dialect import attention, modules
+from vtc.dialect import attention, heads, modules
+from vtc.dialect.heads import Head
 from vtc.dialect.modules import Spellings
 from vtc.dialect.towers import Tower
 from vtc.errors import UnsupportedModelError
@@ -39,7 +40,7 @@ class Parts:
     """
 
     root: nn.Module
-    base: nn.Module
+    base: Any
     decoder: nn.Module
     placeholders: Mapping[str, int]
     spellings: Spellings
@@ -75,7 +76,14 @@ class Parts:
     @property
     def builds_masks_early(self) -> bool:
         """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
-        return modules.builds_masks_early(self.root)
+        return modules.builds_masks_early(self.base)
+
+    @property
+    def head(self) -> Head:
+        """How what the user calls reads the base model's hidden states."""
+        head = heads.head_of(self.root, self.base)
+        assert head is not None  # or it was refused
+        return head
 
     @property
     def reads_positions(self) -> bool:
@@ -129,7 +137,7 @@ class Adapter:
         ids = {modality: modules.placeholder_id(config, modality) for modality in MODALITIES}
         return {modality: token for modality, token in ids.items() if token is not None}
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         """The structure of each image's tokens.
 
         Args:
@@ -160,12 +168,12 @@ class Adapter:
             has_thumbnail=self.has_thumbnail,
         )
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""
         return None
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         """Values of the tower's patches, sent the way that the features go.
 
@@ -231,8 +239,7 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
         UnsupportedModelError: with the reason and what would work.
     """
     model = modules.without_adapters(model)
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
+    model_type = _family(model)
     adapter = adapter_of(model_type)
     known = None if model_type in _REGISTRY else REFUSED.get(model_type)  # a user's own adapter may know better
     reason = known or next(_violations(model, adapter), None)
@@ -240,6 +247,12 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
         raise UnsupportedModelError(_refusal(model, model_type, reason))
     base, decoder = modules.base_of(model), modules.decoder_of(model)
     return adapter, Parts(model, base, decoder, adapter.placeholders(base.config), Spellings.of(model, base, decoder))
+
+
+def _family(model: Any) -> str | None:
+    """The ``model_type`` to go by: the model's, or its base model's where only that one has an entry here."""
+    types = modules.model_types(model)
+    return next((name for name in types if name in _REGISTRY or name in REFUSED), types[0])
 
 
 def _violations(model: nn.Module, adapter: Adapter) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vtc.tokens import Layout
 
 
-def keeps_cls(base: nn.Module, arguments: Mapping[str, Any]) -> bool:
+def keeps_cls(base: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether the CLS feature itself becomes a visual token (``vision_feature_select_strategy="full"``)."""
     strategy = arguments.get("vision_feature_select_strategy")
     return (strategy or getattr(base.config, "vision_feature_select_strategy", "default")) == "full"

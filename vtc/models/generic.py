@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from vtc.models.base import Adapter, register_model, square
 from vtc.tokens import Layout
@@ -18,7 +17,7 @@ class Plain(Adapter):
 
     families = {"mistral3": ("image",)}
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         sizes = arguments.get("image_sizes")
         if sizes is None:
             return [Layout.plain(n) for n in lengths]
@@ -34,7 +33,7 @@ class Tiles(Adapter):
     families = {"idefics3": ("image",), "smolvlm": ("image",)}
     notes = "every tile of a split image counts as an image of its own"
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         each = base.image_seq_len
         return [Layout.plain(each, square(each)) for _ in range(sum(lengths) // each)]
 
@@ -53,5 +52,5 @@ class Gemma4(PrefixLM):
 
     families = {"gemma4": ("image",)}
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         return [Layout.plain(n) for n in lengths]

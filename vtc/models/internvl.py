@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtc.dialect.towers import Tower
 from vtc.models import clip
 from vtc.models.base import Adapter, register_model, square
-from vtc.tokens import Layout, Segment
+from vtc.tokens import Kind, Layout, Segment
 
 
 @register_model
@@ -27,15 +27,15 @@ class InternVL(Adapter):
             return tiles[0]
         segments: list[Segment] = []
         for index, tile in enumerate(tiles):
-            kind = "thumbnail" if index == len(tiles) - 1 else "crops"
+            kind: Kind = "thumbnail" if index == len(tiles) - 1 else "crops"
             segments.append(Segment(kind, sum(t.length for t in tiles[:index]), tile.length, square(tile.length)))
         return Layout(sum(t.length for t in tiles), tuple(segments))
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower)
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         side = square(values.shape[1])
         if side is None or clip.keeps_cls(base, arguments):

@@ -23,7 +23,7 @@ class Llava(Adapter):
     has_cls = True
     notes = "cls with a CLIP tower only"
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         sizes, patch = arguments.get("image_sizes"), getattr(base.config.vision_config, "patch_size", None)
         if sizes is not None and patch is not None:
             grids = [(int(h) // patch, int(w) // patch) for h, w in torch.as_tensor(sizes).tolist()]
@@ -31,11 +31,11 @@ class Llava(Adapter):
                 return [Layout.plain(n, grid) for n, grid in zip(lengths, grids, strict=True)]
         return [Layout.plain(n, square(n)) for n in lengths]
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower, projector=base.multi_modal_projector)
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         return clip.one_to_one(values, layouts)
 
@@ -47,7 +47,7 @@ class _AnyRes(Adapter):
     has_thumbnail = True
     video_newline = False
 
-    def _pictures(self, base: nn.Module, arguments: Mapping[str, Any]) -> list[int]:
+    def _pictures(self, base: Any, arguments: Mapping[str, Any]) -> list[int]:
         """Pictures (thumbnail and crops) that each image was cut into."""
         module = sys.modules[type(base).__module__]
         alone = arguments.get("batch_num_images")
@@ -60,7 +60,7 @@ class _AnyRes(Adapter):
             for size, cut in zip(arguments["image_sizes"], split, strict=True)
         ]
 
-    def _pack(self, base: nn.Module, scores: list[Tensor], arguments: Mapping[str, Any]) -> list[Tensor]:
+    def _pack(self, base: Any, scores: list[Tensor], arguments: Mapping[str, Any]) -> list[Tensor]:
         """Send per-patch scores [pictures, patches, C] the way the features go, to [n, C]; newlines become 0."""
         names = ("vision_feature_select_strategy", "vision_aspect_ratio")
         defaults = {"vision_aspect_ratio": getattr(base.config, "vision_aspect_ratio", None)}
@@ -71,7 +71,7 @@ class _AnyRes(Adapter):
         )
         return packed
 
-    def _mosaics(self, base: nn.Module, counts: list[int], arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+    def _mosaics(self, base: Any, counts: list[int], arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of each image's crops; of an image that was not cut, nothing of meaning."""
         module = sys.modules[type(base).__module__]
         pinpoints, picture = base.config.image_grid_pinpoints, base.config.vision_config.image_size
@@ -80,7 +80,7 @@ class _AnyRes(Adapter):
             for size, count in zip(arguments["image_sizes"], counts, strict=True)
         ]
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         if not arguments:
             return super().layouts(base, modality, lengths, arguments)
         if modality == "video":
@@ -122,11 +122,11 @@ class _AnyRes(Adapter):
             segments.append(Segment("newline", n - 1, 1))
         return Layout(n, tuple(segments))
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower)
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         flat = values.dim() == 2
         if clip.keeps_cls(base, arguments) and _has_cls(base):
@@ -152,7 +152,7 @@ def _frames(arguments: Mapping[str, Any]) -> int:
     return (arguments["pixel_values"] if pixels is None else pixels).shape[1]
 
 
-def _has_cls(base: nn.Module) -> bool:
+def _has_cls(base: Any) -> bool:
     tower = Tower.of(base.vision_tower)
     return tower is not None and bool(tower.special)
 
@@ -164,7 +164,7 @@ class LlavaNext(_AnyRes):
     families = {"llava_next": ("image",)}
     notes = "thumbnail, crops and newlines; cls with a CLIP tower only"
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower, projector=base.multi_modal_projector)
 
 
@@ -176,7 +176,7 @@ class LlavaNextVideo(_AnyRes):
     notes = "frames are pooled 2x2; cls with a CLIP tower only"
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         if modality == "image":
             return super().per_token(base, modality, values, layouts, arguments)
@@ -207,7 +207,7 @@ class VideoLlava(Adapter):
     has_cls = True
     notes = "the CLS feature of every video frame is a visual token and scores 0"
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         if modality == "image":
             return super().layouts(base, modality, lengths, arguments)
         if not arguments:
@@ -220,11 +220,11 @@ class VideoLlava(Adapter):
         segments = tuple(Segment("frame", f * each, each) for f in range(frames))
         return [Layout(frames * each, segments) for _ in range(len(lengths) // frames)]
 
-    def tower(self, base: nn.Module, modality: str) -> Tower | None:
+    def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.video_tower if modality == "video" else base.image_tower)
 
     def per_token(
-        self, base: nn.Module, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         if modality == "image":
             return clip.one_to_one(values, layouts)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from vtc.models.base import Adapter, register_model
-from vtc.tokens import Layout, Segment
+from vtc.tokens import Kind, Layout, Segment
 
 
 @register_model
@@ -25,7 +24,7 @@ class Grids(Adapter):
     }
     notes = "3-D positions: positions='original' only; DeepStack features follow the kept tokens"
 
-    def layouts(self, base: nn.Module, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         grids = arguments.get(f"{modality}_grid_thw")
         if grids is None:
             return super().layouts(base, modality, lengths, arguments)
@@ -33,7 +32,7 @@ class Grids(Adapter):
         sizes = [(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
         if [t * rows * columns for t, rows, columns in sizes] != lengths:
             return [Layout.plain(n) for n in lengths]  # e.g. frames handed over one by one
-        kind = "image" if modality == "image" else "frame"
+        kind: Kind = "image" if modality == "image" else "frame"
         return [
             Layout(
                 t * rows * columns,

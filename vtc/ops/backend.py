@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -19,6 +22,18 @@ Backend = Literal["torch", "triton"]
 
 VARIABLE = "VTC_BACKEND"
 
+_PLAIN: ContextVar[bool] = ContextVar("vtc_plain", default=False)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Torch for a while (in this thread), whatever was forced: for trials on the CPU, which are no user's tensors."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
 
 def backend(device: torch.device) -> Backend:
     """The backend for tensors on ``device``.
@@ -27,6 +42,8 @@ def backend(device: torch.device) -> Backend:
         ValueError: ``VTC_BACKEND`` has an unknown value.
         RuntimeError: ``VTC_BACKEND=triton``, but Triton is missing or cannot run on the device.
     """
+    if not torch.compiler.is_compiling() and _PLAIN.get():
+        return "torch"
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", "torch", "triton"):
         raise ValueError(

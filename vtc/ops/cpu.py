@@ -39,8 +39,8 @@ def exact_float32() -> bool:
     if any(os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT").upper() != "STRICT" for name in ("ONEDNN", "DNNL")):
         return False
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where asking for the older setting may raise
-        return matmul.fp32_precision in ("none", "ieee")
+    if (precision := getattr(matmul, "fp32_precision", None)) is not None:  # torch >= 2.9, where the older may raise
+        return precision in ("none", "ieee")
     return torch.get_float32_matmul_precision() == "highest"
 
 
@@ -150,7 +150,8 @@ def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int,
         chosen: list[int] = []
         at = panel.tolist()
         while made + len(chosen) < k:
-            value, i = (found.item() for found in score.max(0))  # the first one on ties, on the CPU
+            best = score.max(0)  # the first one on ties, on the CPU
+            value, i = best.values.item(), int(best.indices)
             if value < rival or (value == rival and at[i] > rival_at) or value == -math.inf:
                 break
             chosen.append(i)

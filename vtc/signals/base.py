@@ -58,6 +58,8 @@ class TowerSignal(Signal):
     needs_cls: ClassVar[bool] = False
     """Only towers with a CLS token have it."""
     reads: ClassVar[Literal["input", "output"]] = "input"
+    recomputes: ClassVar[bool] = False
+    """It computes attention again: that is tried out when a model is patched."""
 
     @abstractmethod
     def module(self, tower: Tower) -> nn.Module | None:

@@ -18,6 +18,7 @@ class Cls(TowerSignal):
 
     kind: ClassVar[str] = "cls"
     needs_cls: ClassVar[bool] = True
+    recomputes: ClassVar[bool] = True
 
     def module(self, tower: Tower) -> nn.Module | None:
         """The layer's attention."""

@@ -21,6 +21,7 @@ class Received(TowerSignal):
     """Attention that a patch receives in one layer, averaged over heads and over all queries (CLS among them)."""
 
     kind: ClassVar[str] = "received"
+    recomputes: ClassVar[bool] = True
 
     def module(self, tower: Tower) -> nn.Module | None:
         """The layer's attention, where it is plain: no rotary embedding, no windows."""

@@ -25,8 +25,9 @@ def finish(model_class: type[tf.PreTrainedModel], config: tf.PreTrainedConfig) -
         for prefix, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 _fill(module, f"{model_class.__name__}.{prefix}.{name}", parameter)
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.eos_token_id = EOS
+    if model.can_generate():
+        model.generation_config.pad_token_id = PAD
+        model.generation_config.eos_token_id = EOS
     return model.eval()
 
 

@@ -105,10 +105,10 @@ def _launch(tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int]) -> li
             word = WORDS[tensor.element_size()]
             tensor, result = tensor.view(word), result.view(word)
         if dim > 2 or tensor.ndim - dim > 2 or (tensor.ndim - dim == 2 and tensor.stride(-1) != 1):
-            shape = (batch, tensor.shape[1:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
-            tensor, dim = tensor.reshape(shape), 2
+            flat = (batch, tensor.shape[1:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
+            tensor, dim = tensor.reshape(flat), 2
             tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-        shape, strides = tensor.shape, tensor.stride()
+        shape, strides = tuple(tensor.shape), tensor.stride()
         outer, o = (shape[1], strides[1]) if dim == 2 else (1, 0)
         unit = 16 if strides[0] % 16 == o % 16 == strides[dim] % 16 == 0 else 1  # says how rows are aligned
         layout = _layout(outer, shape[-1] if dim + 1 < len(shape) else 1, unit)
