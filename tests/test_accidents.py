@@ -23,7 +23,8 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from zoo import GREEDY, NEW_TOKENS, get_model, make_batch, models
 
 import vtc
-from vtc import patching
+from vtc import handle as handles
+from vtc import installing
 
 AHEAD = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
@@ -170,12 +171,12 @@ def test_an_interrupt_in_a_forward_leaves_nothing_behind(at: str) -> None:
 
 
 def interrupted(call: Callable[[], Any], after: int) -> bool:
-    """Run it, with a KeyboardInterrupt at a line of vtc/patching.py; whether it came to that."""
+    """Run it, with a KeyboardInterrupt at a line of vtc/installing.py or of the handle; whether it came to that."""
     left = after
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
         nonlocal left
-        if frame.f_code.co_filename != patching.__file__:
+        if frame.f_code.co_filename not in (installing.__file__, handles.__file__):
             return trace if event == "call" and "torch" not in frame.f_code.co_filename else None
         if event == "line":
             left -= 1
@@ -203,7 +204,7 @@ def test_an_interrupt_at_any_line_of_patch_or_unpatch(method: vtc.Method) -> Non
             vtc.unpatch(model)
             break
         points += 1
-        if patching.patch_of(model) is not None:
+        if handles.patch_of(model) is not None:
             vtc.unpatch(model)
         assert traces(model) == clean, f"patch, interrupted at line event {at}"
     for at in range(1, 2000, 3):

@@ -52,7 +52,7 @@ def llava() -> Iterator[Any]:
     """The shared model; a test that leaves it patched is itself wrong."""
     model = get_model("llava")
     yield model
-    left = [vtc.patching.patch_of(part) for part in (model, model.model)]
+    left = [vtc.handle.patch_of(part) for part in (model, model.model)]
     for patch in left:
         if patch is not None and patch.active:
             patch.unpatch()  # other tests need not fail with this one

@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo import GREEDY, Batch, get_model, make_batch
 
 import vtc
-from vtc import patching
+from vtc.handle import patch_of
 
 TRANSPRUNE = vtc.TransPrune(layers=(1,), ratios=(0.25,))
 
@@ -42,7 +42,7 @@ def logits(model: Any, batch: Batch) -> Tensor:
         return model(**batch).logits
 
 
-def kept(patch: vtc.patching.Patch) -> list[list[list[int]]] | None:
+def kept(patch: vtc.Patch) -> list[list[list[int]]] | None:
     return None if patch.last_keep is None else [[image.tolist() for image in row] for row in patch.last_keep]
 
 
@@ -113,10 +113,10 @@ def test_every_route_prunes(compiled: Callable[[Any], Any], method: Any, model: 
     if quick:
         assert torch.equal(logits(run, batch), whole)
     with vtc.patch(run, method) as p:
-        assert patching.patch_of(run) is p
+        assert patch_of(run) is p
         assert torch.equal(logits(run, batch), result)
         assert kept(p) == keep
-    assert patching.patch_of(run) is None
+    assert patch_of(run) is None
     if quick:
         assert torch.equal(logits(run, batch), whole)
 

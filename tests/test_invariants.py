@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from zoo import FAMILIES, GREEDY, Batch, get_model, make_batch
 
 import vtc
-from vtc import patching
+from vtc import installing, patching
 from vtc.engine import choosing, context, entry, generation, lengths, opening
 from vtc.engine.entry import EntryStage
 from vtc.methods.base import image_seed
@@ -159,7 +159,7 @@ def error_inside_generate(model: Any, batch: Batch) -> None:
 def error_while_installing(model: Any, batch: Batch) -> None:
     """The last thing that `_install` does fails: what it did before must be undone."""
     with pytest.MonkeyPatch.context() as patching_patching:
-        patching_patching.setattr(patching, "pruning_labels", failing)
+        patching_patching.setattr(installing, "pruning_labels", failing)
         with pytest.raises(Deliberate):
             vtc.patch(model, "divprune", keep=0.5)
 
@@ -186,7 +186,7 @@ def test_errors_leave_no_trace(family: str, use: Callable[[Any, Batch], None]) -
 
 def forget_an_attribute(handle: vtc.Patch) -> None:
     """The undo list lacks what puts an attribute back (the handle's own is next to what forgets graphs)."""
-    del handle._undo[1]
+    del handle.undo[1]
 
 
 def forget_a_hook(handle: vtc.Patch) -> None:
@@ -234,14 +234,14 @@ TRACES = [
 @contextmanager
 def also_installing(extra: Install) -> Iterator[None]:
     """A vtc that does one thing too many, and nothing that takes it back."""
-    install = patching._install
+    install = patching.install
 
     def broken(handle: vtc.Patch) -> None:
         install(handle)
         extra(handle)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(patching, "_install", broken)
+        monkeypatch.setattr(patching, "install", broken)
         try:
             yield
         finally:  # what would outlive the throw-away model
@@ -259,7 +259,7 @@ def test_control_a_trace_is_found(trace: Install) -> None:
 
 def test_control_the_trace_of_a_failed_patch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vtc that does not roll back what it installed before the error."""
-    monkeypatch.setattr(patching.Patch, "__init__", with_an_undo_list_that_forgets)
+    monkeypatch.setattr(vtc.Patch, "__init__", with_an_undo_list_that_forgets)
     with pytest.raises(AssertionError):
         check_leaves_no_trace(FAMILIES["llava"].build(), batch_of("llava"), error_while_installing)
 
@@ -269,7 +269,7 @@ def with_an_undo_list_that_forgets(self: vtc.Patch, model: Any, config: Any, sta
         def append(self, undo: Callable[[], None]) -> None:
             pass
 
-    self.model, self.config, self.stage, self._undo = model, config, stage, Forgetful()
+    self.model, self.config, self.stage, self.undo = model, config, stage, Forgetful()
 
 
 def check_neighbour_never_notices(first: Any, second: Any, batch: Batch) -> None:
@@ -805,14 +805,14 @@ def test_a_refused_second_patch_leaves_the_first_as_it_was() -> None:
 
 def installs_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vtc that installs, and only then looks whether it can."""
-    check = patching.fitted
+    check = patching.bind
 
     def late(adapter: Any, parts: Any, method: vtc.Method, positions: str) -> vtc.Method:
         config = vtc.CompressionConfig.of(method, positions)
-        patching._install(vtc.Patch(parts.root, config, EntryStage(adapter, parts, method, positions)))
+        patching.install(vtc.Patch(parts.root, config, EntryStage(adapter, parts, method, positions)))
         return check(adapter, parts, method, positions)
 
-    monkeypatch.setattr(patching, "fitted", late)
+    monkeypatch.setattr(patching, "bind", late)
 
 
 def marks_first(monkeypatch: pytest.MonkeyPatch) -> None:

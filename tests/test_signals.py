@@ -459,12 +459,12 @@ def swaps_on_patch(parts_of: vtc.Patch) -> None:
     parts_of.model.get_decoder().config._attn_implementation = "eager"
 
 
-REAL_INSTALL = vtc.patching._install
+REAL_INSTALL = vtc.patching.install
 BREAKAGES = {
     "an eager pass": (Cls, "read", attends_eagerly),
     "a second pass": (Cls, "read", attends_again),
-    "output_attentions": (vtc.patching, "listening", listens_with_attentions),
-    "another implementation": (vtc.patching, "_install", swaps_on_patch),
+    "output_attentions": (vtc.installing, "listening", listens_with_attentions),
+    "another implementation": (vtc.patching, "install", swaps_on_patch),
 }
 
 

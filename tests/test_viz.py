@@ -217,7 +217,7 @@ def cut(picture: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.stack([tile for band in bands for tile in band.chunk(columns, dim=2)])
 
 
-def run(name: str, inputs, method="divprune", **options) -> vtc.patching.Patch:
+def run(name: str, inputs, method="divprune", **options) -> vtc.Patch:
     with torch.inference_mode(), vtc.patch(get_model(name), method, **options) as handle:
         get_model(name)(**inputs)
     return handle

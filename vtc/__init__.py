@@ -9,6 +9,7 @@ from vtc import ops
 from vtc.checking.verify import verify
 from vtc.compress import compress_inputs, generate
 from vtc.config import CompressionConfig
+from vtc.handle import Patch
 from vtc.methods import Method, Reduction, Scorer, Stage, list_methods, register_method
 from vtc.methods.allocate import Allocate
 from vtc.methods.chain import Chain
@@ -21,7 +22,7 @@ from vtc.methods.random import Random
 from vtc.methods.todre import ToDRE
 from vtc.methods.transprune import TransPrune
 from vtc.models import Adapter, UnsupportedModelError, list_models, register_model
-from vtc.patching import Patch, patch, unpatch
+from vtc.patching import patch, unpatch
 from vtc.profiling.estimate import estimate
 from vtc.selecting import select
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vtc.config import CompressionConfig
-from vtc.patching import Patch, patch
+from vtc.handle import Patch
+from vtc.patching import patch
 from vtc.tokens import Layout, Segment
 from vtc.values import shown
 from vtc.viz import overlay

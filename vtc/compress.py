@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.binding import bind, parse_request
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.dialect import generation, modules, rules
@@ -24,10 +25,10 @@ from vtc.engine.context import Call, bypassed
 from vtc.engine.encode import Memory, attached, listening
 from vtc.engine.plan import Plan, Prefill
 from vtc.engine.recorders import listening_in, recorders
+from vtc.handle import patch_of
 from vtc.methods import Method
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import MODALITIES
-from vtc.patching import fitted, patch_of, requested
 
 
 @torch.no_grad()
@@ -65,8 +66,8 @@ def compress_inputs(
     adapter, parts = resolve(model)
     _takes_features(parts)
     inputs = dict(inputs)
-    config, chosen = requested(method, keep, positions, options)
-    chosen = fitted(adapter, parts, chosen, config.positions)
+    config, chosen = parse_request(method, keep, positions, options)
+    chosen = bind(adapter, parts, chosen, config.positions)
     chooser = _before_the_model(adapter, parts, chosen)
     call = parts.spellings.base.bind((), inputs)
     _check(parts, call)
@@ -117,9 +118,9 @@ def generate(
         )
     adapter, parts = resolve(model)
     if handle is None:
-        config, chosen = requested(method, keep, positions, {})  # type: ignore[arg-type]
+        config, chosen = parse_request(method, keep, positions, {})  # type: ignore[arg-type]
         place = config.positions
-        chosen = fitted(adapter, parts, chosen, place)
+        chosen = bind(adapter, parts, chosen, place)
     else:
         chosen, place = handle.method, handle.config.positions
     _takes_features(parts)

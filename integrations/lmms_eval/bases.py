@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtc.binding import bind
 from vtc.config import CompressionConfig
 from vtc.models import resolve
-from vtc.patching import fitted
 from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
 
@@ -155,7 +155,7 @@ def check_family(cls: type[Any], arguments: Mapping[str, Any], config: Compressi
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(checkpoint)
     adapter, parts = resolve(model)
-    fitted(adapter, parts, config.build(), config.positions)
+    bind(adapter, parts, config.build(), config.positions)
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from vtc.engine.context import bypassed
-from vtc.patching import Patch
+from vtc.handle import Patch
 from vtc.profiling.ideal import encoder_flops, ideal_ratio
 from vtc.profiling.timing import time_prefill
 

@@ -20,8 +20,9 @@ from loguru import logger
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
+from vtc.handle import Patch
 from vtc.models import resolve
-from vtc.patching import Patch, patch
+from vtc.patching import patch
 from vtc_lmms_eval import EvaluationStopped, bases
 from vtc_lmms_eval.arguments import Asked, split
 from vtc_lmms_eval.meter import CALIBRATED, WARM_UP, Clock, Meter, realised_fraction

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
+from vtc.binding import bind
 from vtc.budget import Keep, check_keep
 from vtc.config import CompressionConfig
 from vtc.methods import Method
 from vtc.methods.globalcom2 import GlobalCom2
 from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts
-from vtc.patching import fitted
 from vtc.places import Layer
 from vtc.signals import Cls, ClsLogits, TowerSignal
 from vtc.tokens import Layout
@@ -79,7 +79,7 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
     Raises:
         ValueError: the method cannot work here; the message says why and what would.
     """
-    method = fitted(adapter, parts, config.build(), config.positions)
+    method = bind(adapter, parts, config.build(), config.positions)
     steps = steps_of(method, adapter.facts(parts))
     if any(isinstance(step.stage.at, Layer) for step in steps):
         raise ValueError(

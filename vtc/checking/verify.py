@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.binding import bind, parse_request
 from vtc.budget import Keep
 from vtc.checking import byhand, prompts
 from vtc.checking.byhand import IDS, Inputs
@@ -27,7 +28,7 @@ from vtc.dialect.generation import generates
 from vtc.methods import Method
 from vtc.methods.stages import steps_of
 from vtc.models import Parts, resolve
-from vtc.patching import fitted, patch, requested
+from vtc.patching import patch
 from vtc.profiling.workload import special_ids
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -98,9 +99,9 @@ def verify(
         raise ValueError(f"{new_tokens=} must be at least 1")
     if isinstance(method, str) and keep is None:
         keep = 0.5
-    config, chosen = requested(method, keep, positions, options)
+    config, chosen = parse_request(method, keep, positions, options)
     adapter, parts = resolve(model)
-    chosen = fitted(adapter, parts, chosen, config.positions)
+    chosen = bind(adapter, parts, chosen, config.positions)
     if not generates(parts.root):
         raise ValueError(
             f"verify compares what is generated, and {type(parts.root).__name__} does not generate; verify a model "

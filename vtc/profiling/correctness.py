@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vtc.config import CompressionConfig
+from vtc.handle import Patch
 from vtc.methods import Method
-from vtc.patching import Patch, patch
+from vtc.patching import patch
 from vtc.profiling.running import Inputs, forward
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}

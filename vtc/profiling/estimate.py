@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtc.binding import bind, parse_request
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.costs import Decoder
@@ -24,7 +25,6 @@ from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import square
-from vtc.patching import fitted, requested
 from vtc.places import Layer
 from vtc.profiling.configs import config_of, settings_beside
 from vtc.profiling.devices import Device, device_of
@@ -102,11 +102,11 @@ def estimate(
     for name, value in (("text", text), ("batch", batch), ("tokens", tokens)):
         if name != "tokens" or value is not None:
             _check_count(name, value)
-    config, chosen = requested(method, keep, None, options)
+    config, chosen = parse_request(method, keep, None, options)
     root = _skeleton(model)
     adapter, parts = resolve(root)
     tower_of(parts, picture.modality)
-    chosen = fitted(adapter, parts, chosen, config.positions)
+    chosen = bind(adapter, parts, chosen, config.positions)
     if settings is None:
         settings = settings_beside(model, picture.modality) if isinstance(model, (str, os.PathLike)) else {}
     feed = feed_of(parts, picture, settings)

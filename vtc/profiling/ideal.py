@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtc.costs import Decoder
-from vtc.patching import Patch
+from vtc.handle import Patch
 from vtc.profiling.running import Inputs, encode
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
+from vtc.binding import parse_request
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.methods import Method
-from vtc.patching import patch, requested
+from vtc.patching import patch
 from vtc.profiling.correctness import faults, faults_keeping_all, keeping_all
 from vtc.profiling.ideal import encoder_flops, ideal_ratio
 from vtc.profiling.memory import with_peak
@@ -150,7 +151,7 @@ def configurations(
     keeps = list(keep) if isinstance(keep, Sequence) else [keep]
     if not methods or not keeps:
         raise ValueError(f"{method=} and {keep=} leave nothing to run")
-    return [requested(each, share, positions, {})[0] for each in methods for share in keeps]
+    return [parse_request(each, share, positions, {})[0] for each in methods for share in keeps]
 
 
 @dataclass(frozen=True)

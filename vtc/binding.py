@@ -1,0 +1,104 @@
+"""From what a caller asks for to a method that fits one model: all that can be refused is refused here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtc.budget import Keep
+from vtc.config import CompressionConfig
+from vtc.dialect.generation import wrapped_methods
+from vtc.dialect.releases import warn_if_untested
+from vtc.engine.choosing import Chooser, needs_of
+from vtc.engine.probe import unfit_for, unfit_tower
+from vtc.handle import patch_of
+from vtc.methods import Method, make_method
+from vtc.methods.registry import blind_methods
+from vtc.methods.stages import Step, steps_of
+from vtc.models import Adapter, Parts, UnsupportedModelError
+from vtc.places import Projector, Tower
+from vtc.values import shown
+
+
+def parse_request(
+    method: str | Method | CompressionConfig, keep: Keep | None, positions: str | None, options: dict[str, Any]
+) -> tuple[CompressionConfig, Method]:
+    """What the arguments of :func:`patch` ask for."""
+    if isinstance(method, str):
+        given = options if keep is None else {"keep": keep, **options}
+        method = make_method(method, **given)
+    elif not isinstance(method, (Method, CompressionConfig)):
+        raise TypeError(f"method={shown(method)} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
+    elif keep is not None or options:
+        raise TypeError(
+            f"keep and options go with a method's name; {type(method).__name__} carries its own "
+            f"(given: {', '.join([*(['keep'] if keep is not None else []), *options])})"
+        )
+    if isinstance(method, CompressionConfig):
+        method, positions = method.build(), method.positions if positions is None else positions
+    return CompressionConfig.of(method, "original" if positions is None else positions), method
+
+
+def bind(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Method:
+    """The method, settled for this model; all that can be refused is refused here, before anything is touched."""
+    name = type(parts.root).__name__
+    if (handle := patch_of(parts.root) or patch_of(parts.base)) is not None:
+        raise ValueError(f"this {name} is patched already, with {handle.method}; vtc.unpatch(model) first")
+    facts = adapter.facts(parts)
+    method = method.settle(facts)
+    method.check(facts)
+    steps = steps_of(method, facts)
+    for step in steps:
+        _refuse_missing(adapter, parts, step)
+    inside = [step for step in steps if not step.stage.at.before_the_model]
+    if (reason := unfit_tower(adapter, parts, Chooser(adapter, parts, method, facts).recorded)) is not None:
+        work = method.remedy or "methods that need no such signal: " + ", ".join(blind_methods())
+        raise UnsupportedModelError(f"method {method.name!r} reads the vision tower, and {reason}. What works: {work}")
+    if positions == "compact" and parts.rotates_in_3d:
+        raise ValueError(
+            f"positions='compact' has no meaning for the (time, height, width) positions of this {name}; "
+            "use positions='original'"
+        )
+    if positions == "compact" and inside:
+        raise ValueError(
+            f"positions='compact' would give every layer of {method.name!r} positions of its own, and keys are rotated "
+            "by then; use positions='original'"
+        )
+    if parts.builds_masks_early and parts.attention == "flex_attention":
+        raise UnsupportedModelError(
+            f"this {name} builds its masks before the language model, and a flex_attention block mask cannot lose "
+            "columns; load it with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+        )
+    if inside and (reason := unfit_for(parts, inside)) is not None:
+        raise UnsupportedModelError(
+            f"{method.name!r} drops tokens between the layers of the language model, and {reason}. Methods that drop "
+            "them before it work, e.g. 'divprune'"
+        )
+    wrapped_methods(parts.root, parts.decoder, bool(inside))
+    warn_if_untested()
+    return method
+
+
+def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
+    """Refuse a step whose place or signals this model does not have.
+
+    Raises:
+        ValueError: the message names the signals, the vision tower and what would work.
+    """
+    name, at = type(parts.root).__name__, step.stage.at
+    if isinstance(at, Tower):
+        raise ValueError(
+            f"{step.method.name!r} acts inside the vision tower ({at}), which the engine does not serve yet"
+        )
+    missing = [signal.key for signal in needs_of(step) if not adapter.gives(parts, signal)]
+    if not missing:
+        return
+    method, work = step.method, step.method.remedy
+    what = (
+        f"acts in front of the projector ({at})"
+        if isinstance(at, Projector)
+        else "needs " + ", ".join(map(repr, sorted(missing)))
+    )
+    raise ValueError(
+        f"method {method.name!r} {what}, which this {name} cannot give (its vision tower is {parts.vision_tower}). "
+        f"What would work: {work or 'methods that need no such signal: ' + ', '.join(blind_methods())}"
+    )
