@@ -22,10 +22,9 @@ from vtc.values import shown
 def parse_request(
     method: str | Method | CompressionConfig, keep: Keep | None, positions: str | None, options: dict[str, Any]
 ) -> tuple[CompressionConfig, Method]:
-    """What the arguments of :func:`patch` ask for."""
+    """What the arguments of :func:`vtc.patch` ask for."""
     if isinstance(method, str):
-        given = options if keep is None else {"keep": keep, **options}
-        method = make_method(method, **given)
+        chosen = make_method(method, **(options if keep is None else {"keep": keep, **options}))
     elif not isinstance(method, (Method, CompressionConfig)):
         raise TypeError(f"method={shown(method)} is neither a name, a vtc.Method nor a vtc.CompressionConfig")
     elif keep is not None or options:
@@ -33,9 +32,11 @@ def parse_request(
             f"keep and options go with a method's name; {type(method).__name__} carries its own "
             f"(given: {', '.join([*(['keep'] if keep is not None else []), *options])})"
         )
-    if isinstance(method, CompressionConfig):
-        method, positions = method.build(), method.positions if positions is None else positions
-    return CompressionConfig.of(method, "original" if positions is None else positions), method
+    elif isinstance(method, CompressionConfig):
+        chosen, positions = method.build(), positions or method.positions
+    else:
+        chosen = method
+    return CompressionConfig.of(chosen, "original" if positions is None else positions), chosen  # type: ignore[arg-type]
 
 
 def bind(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Method:

@@ -209,8 +209,8 @@ def width_of(layer: nn.Module) -> int:
     for name in _OUTPUTS:
         projection = getattr(attention, name, None)
         projection = getattr(projection, "linear", projection)
-        if hasattr(projection, "in_features"):  # adapters and quantised layers have it too
-            return int(projection.in_features)
+        if (width := getattr(projection, "in_features", None)) is not None:  # adapters and quantised layers have it too
+            return int(width)
     raise ValueError(f"{type(attention).__name__} has none of the output projections {', '.join(_OUTPUTS)}")
 
 

@@ -82,14 +82,15 @@ def _wrapper(handle: Patch, method: WrappedMethod) -> Callable[[Callable[..., An
     placeholders = frozenset(stage.parts.placeholders.values())
     if method in PAGED:
         return lambda found: no_continuous_batching
-    return {
+    wrappers: dict[WrappedMethod, Callable[..., Any]] = {
         LOSS: lambda found: pruning_labels(found, stage.parts),
         COMPILED: saying_prepared,
         PREPARE: lambda found: preparing(found, handle.config.positions),
         PREFILL: lambda found: prefilling(found, placeholders, handle.later_turn),
         MAY_COMPILE: lambda found: never_compiled,
         PROCESS_DEEPSTACK: lambda found: between_graphs(stage.layers.deepstack(found)),
-    }[method]
+    }
+    return wrappers[method]
 
 
 def _set(undo: list[Callable[[], None]], owner: nn.Module, name: str, value: Any) -> None:

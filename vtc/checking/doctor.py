@@ -150,7 +150,8 @@ def examine(patients: list[Patient], method: Any = "divprune", **options: Any) -
         if patient.model_type not in CONFIG_MAPPING:
             yield Finding(patient.name, "absent", 0.0, patient.model_type)
             continue
-        start, attention, result, error, verdict = time.perf_counter(), "-", None, "", "FAILED"
+        start, attention, result, error = time.perf_counter(), "-", None, ""
+        verdict: Verdict = "FAILED"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a deprecation is no finding, and there would be one for each model

@@ -234,7 +234,9 @@ class _Verifier:
         steps = 1 if run.use_cache and any(reaching) else self.new_tokens
         ours, theirs = [], []
         for place, sample in enumerate(run.samples):
-            keep, lengths = (None, []) if outcome.keep is None else (outcome.keep[place], outcome.lengths[place])
+            keep, lengths = None, []
+            if outcome.keep is not None and outcome.lengths is not None:
+                keep, lengths = outcome.keep[place], outcome.lengths[place]
             logits = _attempt(lambda s=sample, p=place, k=keep, n=lengths: self._by_hand(s, outcome.tokens[p], k, n))
             if isinstance(logits, Exception):
                 return Check(name, "FAILED", note=f"pruning by hand raised {one_line(logits)}")
@@ -265,10 +267,10 @@ class _Verifier:
 
     def _unchanged(self, inputs: Inputs, before: Tensor | Exception) -> Check:
         name, after = "unpruned, before and after", _attempt(lambda: self._generate(inputs, True).logits)
-        for each in (before, after):
-            if isinstance(each, Exception):
-                verdict: Verdict = "upstream" if each is before else "FAILED"
-                return Check(name, verdict, note=f"the unpruned model raised {one_line(each)}")
+        if isinstance(before, Exception):
+            return Check(name, "upstream", note=f"the unpruned model raised {one_line(before)}")
+        if isinstance(after, Exception):
+            return Check(name, "FAILED", note=f"the unpruned model raised {one_line(after)}")
         if (difference := float((after - before).abs().max())) == 0.0:
             return Check(name, "ok", difference, 0.0)
         return self._judge(name, after, before, "not bit for bit: this device is not deterministic")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,7 +74,7 @@ def show(
         answer = checkpoint.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         caption = f"{question} {answer.strip()}"
         report = handle.report()
-        settings = {"order": order, "size": size, "caption": caption}
+        settings: dict[str, Any] = {"order": order, "size": size, "caption": caption}
         if out.suffix.lower() in ANIMATIONS:
             with replacing(out) as written:
                 viz.save_animation(viz.animate(handle, inputs, checkpoint.processor, **settings), written)
@@ -85,7 +85,10 @@ def show(
                     drawing.save(written)
             else:
                 moving = viz.animate(handle, inputs, checkpoint.processor, **settings)
-                drawings = [("kept visual tokens", drawing), ("kept visual tokens, one stage after the other", moving)]
+                drawings: list[Any] = [
+                    ("kept visual tokens", drawing),
+                    ("kept visual tokens, one stage after the other", moving),
+                ]
                 write_text(out, page(f"{method}, keep {keep}: {image.name}", report, drawings))
         typer.echo(str(report))
         segments = [s for images in handle.last_layouts or [] for layout in images for s in layout.segments]

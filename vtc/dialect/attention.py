@@ -109,11 +109,12 @@ def project(attention: nn.Module, x: Tensor, rotary: Sequence[Tensor], side: str
     if side == "q" and (factor := getattr(attention, "qk_scale_factor", None)) is not None:
         y = y * factor
     if recipe.rotated != "none" and rotary:
-        y = _rotate(attention, y, *rotary, whole=recipe.rotated == "all")
+        cos, sin = rotary
+        y = _rotate(attention, y, cos, sin, whole=recipe.rotated == "all")
     return normalised(y, "late")
 
 
-def _norm(attention: nn.Module, side: str) -> Callable[[Tensor], Tensor] | None:
+def _norm(attention: nn.Module | None, side: str) -> Callable[[Tensor], Tensor] | None:
     """The norm of queries or of keys, under one of the names that families have for it."""
     long = {"q": "query", "k": "key"}[side]
     names = (f"{side}_norm", f"{side}_layernorm", f"{long}_layernorm", "qk_norm")
@@ -140,7 +141,7 @@ def _rotates_pairs(apply: Callable[..., Any]) -> bool:
     return {"q", "k"} <= inspect.signature(apply).parameters.keys()
 
 
-def scale_by_position(attention: nn.Module, query: Tensor, positions: Tensor | None) -> Tensor:
+def scale_by_position(attention: Any, query: Tensor, positions: Tensor | None) -> Tensor:
     """Queries [B, H, T, dh] after the rotary embedding, scaled by positions [B, T] as Ministral 3 does.
 
     The function stands where its attention was defined.
@@ -153,12 +154,12 @@ def scale_by_position(attention: nn.Module, query: Tensor, positions: Tensor | N
     return query * factor.to(query.dtype)
 
 
-def scaling(attention: nn.Module) -> float:
+def scaling(attention: Any) -> float:
     """What a decoder's products of query and key are multiplied with."""
     return attention.scaling
 
 
-def scaling_in_tower(attention: nn.Module) -> float:
+def scaling_in_tower(attention: Any) -> float:
     """The same of a vision tower."""
     return attention.scale if hasattr(attention, "scale") else attention.scaling
 
@@ -185,18 +186,18 @@ def reads_positions(layer: nn.Module) -> bool:
     attention some time, and nothing else.
     """
     attention = self_attention(layer)
-    return attention is not None and _computes_with_positions(type(attention))
+    return attention is not None and _computes_with_positions(type(attention))  # type: ignore[arg-type]
 
 
 def picks_blocks(layer: nn.Module) -> bool:
     """Whether an indexer in a layer's attention cuts the keys into blocks and finds a token's own by its position."""
     attention = self_attention(layer)
     children = [] if attention is None else attention.children()
-    return any(hasattr(child, "block_size") and _computes_with_positions(type(child)) for child in children)
+    return any(hasattr(child, "block_size") and _computes_with_positions(type(child)) for child in children)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _computes_with_positions(attention: type[nn.Module]) -> bool:
+def _computes_with_positions(attention: Any) -> bool:
     spelled = set(POSITIONS.names)
     if not spelled & inspect.signature(attention.forward).parameters.keys():
         return False

@@ -96,8 +96,10 @@ def stored_keys(cache: Any, layer: int, past: int) -> Tensor | None:
     return cache.layers[layer].keys[:, :, :past] if past else None
 
 
-def stored_bytes(cache: Cache) -> int:
-    """Of all keys and values that a cache holds."""
+def stored_bytes(cache: Cache | None) -> int:
+    """Of all keys and values that a cache holds; none without a cache."""
+    if cache is None:
+        return 0
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
@@ -118,7 +120,7 @@ class _Pruned:
         return _restored, (type(self).__mro__[2], state, ledger_of(self))
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return super().get_seq_length(layer_idx) + ledger_of(self).removed(layer_idx)  # type: ignore[misc, union-attr]
+        return super().get_seq_length(layer_idx) + ledger_of(self).removed(layer_idx)  # type: ignore[misc]
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return super().get_seq_length(layer_idx)  # type: ignore[misc]
@@ -130,26 +132,26 @@ class _Pruned:
     def crop(self, tokens: int) -> None:
         """Negative: remove that many tokens from the end; positive (old transformers): the length to leave."""
         length = physical_length(self)  # type: ignore[arg-type]
-        ledger: Ledger = ledger_of(self)  # type: ignore[assignment]
+        ledger: Ledger = ledger_of(self)
         remove = max(0, -tokens if tokens <= 0 else length + ledger.removed(0) - tokens)
         ledger.forget(remove, length)
         super().crop(-remove)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        ledger_of(self).rows(beam_idx)  # type: ignore[union-attr]
+        ledger_of(self).rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        ledger_of(self).repeat(repeats)  # type: ignore[union-attr]
+        ledger_of(self).repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        ledger_of(self).rows(indices)  # type: ignore[union-attr]
+        ledger_of(self).rows(indices)
 
 
 @functools.cache
-def _pruned(cls: type) -> type:
+def _pruned(cls: Any) -> Any:
     return type(f"VTC{cls.__name__}", (_Pruned, cls), {"__module__": __name__})
 
 
@@ -163,7 +165,7 @@ def _restored(cls: type[Cache], state: dict[str, Any], ledger: Ledger) -> Cache:
 def give_ledger(cache: Cache, ledger: Ledger) -> None:
     """Make a cache a pruned one: the same object and tensors, its class a subclass of what it was."""
     setattr(cache, _LEDGER, ledger)
-    cache.__class__ = _pruned(type(cache))
+    cache.__class__ = _pruned(type(cache))  # type: ignore[arg-type]
 
 
 def pruned(cache: Any) -> bool:

@@ -87,7 +87,7 @@ def _hands_on(forward: Callable[..., Any]) -> bool:
     return len(method.body) == 1 + said and called is not None and ast.unparse(called) == "super().forward"  # type: ignore[attr-defined]
 
 
-def _parts(root: nn.Module, base: nn.Module) -> list[str]:
+def _parts(root: Any, base: nn.Module) -> list[str]:
     """Children of ``root`` with weights, apart from the base model and the output embeddings."""
     known = {uncompiled(base), uncompiled(root.get_output_embeddings())}
     return [

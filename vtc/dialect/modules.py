@@ -57,7 +57,7 @@ class Spellings:
         )
 
 
-def without_adapters(model: nn.Module) -> nn.Module:
+def without_adapters(model: Any) -> nn.Module:
     """The transformers model inside a PEFT wrapper, and inside what ``torch.compile(model)`` returns."""
     model = uncompiled(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

@@ -56,9 +56,9 @@ class _StandIn:
         module = uncompiled(module)
         if module in self.instead:
             return self.instead[module]
-        sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        if all(isinstance(size, int) for size in sizes):  # whatever kind of linear map it is, quantised or adapted
-            return _Linear(*sizes, self.random)
+        wide, high = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(wide, int) and isinstance(high, int):  # whatever kind of linear map it is, quantised or adapted
+            return _Linear(wide, high, self.random)
         if isinstance(module, nn.Embedding):
             return _Embedding(module.embedding_dim, self.random)
         twin = module.__class__.__new__(module.__class__)
@@ -155,7 +155,7 @@ class _Spy(nn.Module):
 
 
 def calls_of_layers(
-    decoder: nn.Module, spelling: Spelling, layers: list[nn.Module], last: int
+    decoder: Any, spelling: Spelling, layers: list[nn.Module], last: int
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What a decoder calls its layers with for a short prompt, up to layer ``last``: random hidden states, and whatever
     it makes of positions that lie far apart and of a mask.
@@ -212,7 +212,7 @@ class Trial:
         return cls(trial, call, hidden_states(heard.args, heard.kwargs), weights)
 
 
-def attend(attention: nn.Module) -> tuple[nn.Module, Tensor, Tensor | None]:
+def attend(attention: Any) -> tuple[nn.Module, Tensor, Tensor | None]:
     """A stand-in of an attention that takes nothing but hidden states, as those of vision towers do.
 
     Returns:

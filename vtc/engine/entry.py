@@ -232,7 +232,7 @@ class EntryStage:
 
     def _starts(self, cache: Any, past: int, new: int) -> dict[str | None, int]:
         """Where a call's own keys begin in prepared masks, by layer type: windows forget what is far behind."""
-        types = attention_kinds(self.parts.decoder.config) or [None]
+        types: list[str | None] = list(attention_kinds(self.parts.decoder.config) or (None,))
         if cache is None:
             return dict.fromkeys(types, 0)
         return {kind: past - mask_sizes(cache, new, types.index(kind))[1] for kind in set(types)}

@@ -43,7 +43,7 @@ def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]
         ids = POSITIONS.read(inputs)
         if slots is not None and positions == "compact" and ids is not None:
             shifted = ids - slots.dropped.to(ids.device)[:, None]
-            shifted._vtc_shifted = True  # type: ignore[attr-defined]
+            shifted._vtc_shifted = True
             inputs |= {name: shifted for name in POSITIONS.names if name in inputs}
         return inputs
 

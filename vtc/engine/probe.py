@@ -90,7 +90,8 @@ def unfit_tower(adapter: Adapter, parts: Parts, signals: Collection[TowerSignal]
     """Why attention in the tower that these signals are made of cannot be recomputed, ``None`` if it can."""
     tried = [signal for signal in signals if signal.recomputes]
     towers = [adapter.tower(parts.base, modality) for modality in MODALITIES]
-    for attention in {signal.of(tower) for signal in tried for tower in towers} - {None}:
+    found = (signal.of(tower) for signal in tried for tower in towers)
+    for attention in {module for module in found if module is not None}:
         fault = "is not what vtc recomputes"
         try:
             with _quietly():

@@ -39,9 +39,9 @@ class Parts:
         spellings: what their arguments are called.
     """
 
-    root: nn.Module
+    root: Any
     base: Any
-    decoder: nn.Module
+    decoder: Any
     placeholders: Mapping[str, int]
     spellings: Spellings
 
@@ -229,7 +229,7 @@ def list_models() -> list[ModelFamily]:
 
 def adapter_of(model_type: str | None) -> Adapter:
     """The adapter registered for a ``config.model_type``, else the generic one."""
-    return _REGISTRY.get(model_type) or Adapter()
+    return _REGISTRY.get(model_type or "") or Adapter()
 
 
 def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
@@ -241,7 +241,7 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
     model = modules.without_adapters(model)
     model_type = _family(model)
     adapter = adapter_of(model_type)
-    known = None if model_type in _REGISTRY else REFUSED.get(model_type)  # a user's own adapter may know better
+    known = None if model_type in _REGISTRY else REFUSED.get(model_type or "")  # a user's own adapter may know better
     reason = known or next(_violations(model, adapter), None)
     if reason is not None:
         raise UnsupportedModelError(_refusal(model, model_type, reason))

@@ -172,6 +172,7 @@ def _skeleton(model: Any) -> nn.Module:
     """The model on the meta device: modules with shapes, without weights."""
     import transformers as tf
 
+    build: Any
     if isinstance(model, nn.Module):
         model = without_adapters(model)
         resolve(model)
@@ -180,7 +181,7 @@ def _skeleton(model: Any) -> nn.Module:
         config = config_of(model)
         build = tf.AutoModelForImageTextToText.from_config
     with torch.device("meta"):
-        return build(copy.deepcopy(config))  # type: ignore[operator]
+        return build(copy.deepcopy(config))
 
 
 def _layouts(adapter: Adapter, parts: Parts, picture: Picture, feed: Feed) -> list[Layout]:

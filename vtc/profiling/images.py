@@ -93,7 +93,11 @@ def _pictures(parts: Parts, picture: Picture, count: int, each: int, words: str,
     patches = _side(parts) ** 2
     rows = patches + _has_cls(parts, picture)
     size = _one(parts.config.vision_config.image_size)
-    values = {"projected": count * each, "lengths": (each,) * count, "words": f"{words} of {size}x{size}"} | more
+    values: dict[str, Any] = {
+        "projected": count * each,
+        "lengths": (each,) * count,
+        "words": f"{words} of {size}x{size}",
+    } | more
     return Feed(sequences=(rows,) * count, patches=count * patches, **values)
 
 
@@ -157,7 +161,7 @@ def _tiles(parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
     if not settings.get("do_image_splitting", True):
         return _pictures(parts, picture, 1, side**2, "one picture", lengths=(side**2,))
     longest = settings.get("size", {}).get("longest_edge", 4 * tile)
-    blank = torch.empty(3, picture.height, picture.width, device="meta")
+    blank: Any = torch.empty(3, picture.height, picture.width, device="meta")
     height, width = get_resize_output_image_size(blank, longest)
     across, down = -(-width // tile), -(-height // tile)
     if width >= height:  # the longer side goes up to whole tiles first, the other follows

@@ -71,7 +71,7 @@ def _panel(axes: Axes, title: str, axis: Axis, rows: list[Row], legend: bool) ->
         if name in named:
             style = {"color": colors(named.index(name) % 10), "marker": "o", "linestyle": "-"}
         label = "unpruned" if name == UNPRUNED else name
-        bars = {"yerr": [low, high], "elinewidth": 0.6, "capsize": 1.5}
+        bars: dict[str, Any] = {"yerr": [low, high], "elinewidth": 0.6, "capsize": 1.5}
         axes.errorbar(x, y, **bars, **style, markersize=4, linewidth=1.1, label=label if legend else None)
     best = [(cost(rows[i]), 100 * float(rows[i]["accuracy"])) for i in front_of(rows, cost)]
     steps = axes.step(*zip(*best, strict=True), where="post", color="gold", linewidth=5, alpha=0.5, zorder=0)

@@ -87,14 +87,14 @@ class Workload:
         else:
             visual, ids = self._processed(parts, rng, processor)
         there = sum(token not in parts.placeholders.values() for token in ids)  # text tokens around the image
-        ids = torch.tensor([ids + _words(parts, max(1, self.text - there), rng)])
-        visual |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        prompt = torch.tensor([ids + _words(parts, max(1, self.text - there), rng)])
+        visual |= {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
         known = inspect.signature(parts.base.forward).parameters
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in known:  # prefix-LM families: images are the prefix; M-RoPE ones: 1 is an image
-                visual[name] = (ids == parts.placeholders["image"]).long()
+                visual[name] = (prompt == parts.placeholders["image"]).long()
         if getattr(parts.config, "model_type", None) == "paligemma":
-            visual["token_type_ids"] = torch.zeros_like(ids)
+            visual["token_type_ids"] = torch.zeros_like(prompt)
         return visual
 
     def _processed(self, parts: Parts, rng: torch.Generator, processor: Any) -> tuple[dict[str, Tensor], list[int]]:
@@ -116,8 +116,9 @@ def _native(parts: Parts) -> tuple[int, int]:
     if hasattr(parts.config, "image_grid_pinpoints"):
         height, width = max(parts.config.image_grid_pinpoints, key=lambda sides: sides[0] * sides[1])
         return width, height
-    any_size = hasattr(parts.config.vision_config, "temporal_patch_size") or not isinstance(side, int)
-    return (672, 672) if any_size else (side, side)
+    if hasattr(parts.config.vision_config, "temporal_patch_size") or not isinstance(side, int):
+        return 672, 672  # any size
+    return side, side
 
 
 def _pixels(parts: Parts, feed: Feed, rng: torch.Generator) -> dict[str, Tensor]:

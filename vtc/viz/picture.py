@@ -173,8 +173,10 @@ def draw(
         if (row, column + 1) not in cells:
             pen.rectangle((x1 - inner, y0, x1, y1), fill=ACCENT)
         if order and rank is not None:
-            x, y, r = (x0 + x1) / 2, (y0 + y1) / 2, max(1.5, min(9.0, min(x1 - x0, y1 - y0) * 0.26))
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=colour(rank / max(last, 1)), outline=SHADE)
+            across, down = (x0 + x1) / 2, (y0 + y1) / 2
+            radius = max(1.5, min(9.0, min(x1 - x0, y1 - y0) * 0.26))
+            place = (across - radius, down - radius, across + radius, down + radius)
+            pen.ellipse(place, fill=colour(rank / max(last, 1)), outline=SHADE)
     return _with_newlines(out, panel, kept, ys) if panel.newlines else out
 
 

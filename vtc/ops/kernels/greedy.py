@@ -117,7 +117,7 @@ class _Launches:
         """All picks out of the matrix of all similarities."""
         padded = self.tiles * PAD_TOKENS.value
         matrix = self._empty(torch.float32, padded, padded)
-        self._gram(self._digits(), matrix)
+        self._gram(self._planes(), matrix)
         loop[self.b,](
             matrix, self.length, self.base, self.nearest, self.first, out, self.tiles, self.k, self.weight,
             **self.mode, **_constants("loop", tokens=padded),
@@ -126,9 +126,9 @@ class _Launches:
     def without_matrix(self, out: Tensor) -> None:
         """Pick by pick."""
         if self.nearest is None:
-            self._digits(keep=False)
+            self._digits(None)
         else:
-            self._gram(self._digits(), None)
+            self._gram(self._planes(), None)
             isolated[self.b,](self.base, self.nearest, self.first, self.n, self.tiles, **_constants("isolated"))
         constants = _constants("step", tokens=self.n)
         blocks = triton.cdiv(self.n, constants["ROWS"])
@@ -143,16 +143,19 @@ class _Launches:
                 ALIGNED=self.aligned, **self.mode, **constants,
             )  # fmt: skip
 
-    def _digits(self, keep: bool = True) -> Tensor | None:
-        """Sets the rows' scales; if kept, their digits int8 [images, 3, chunks, tokens, CHUNK]."""
-        shape = (3, self.chunks, self.tiles * PAD_TOKENS.value, CHUNK.value)
-        planes = self._empty(torch.int8, *shape) if keep else None
+    def _planes(self) -> Tensor:
+        """The rows' digits int8 [images, 3, chunks, tokens, CHUNK], and their scales."""
+        planes = self._empty(torch.int8, 3, self.chunks, self.tiles * PAD_TOKENS.value, CHUNK.value)
+        self._digits(planes)
+        return planes
+
+    def _digits(self, planes: Tensor | None) -> None:
+        """Set the rows' scales, and their digits where they are wanted."""
         constants = _constants("digits", width=self.d)
         digits[triton.cdiv(self.n, constants["ROWS"]), self.b](
             self.x, self.length, self.scale, planes, self.n, self.d, self.tiles, self.chunks, *self.strides,
             ALIGNED=self.aligned, **constants,
         )  # fmt: skip
-        return planes
 
     def _gram(self, planes: Tensor, matrix: Tensor | None) -> None:
         """Fills the matrix, if there is one, and ``nearest``, if that is asked for."""
@@ -200,12 +203,14 @@ def _variants(hopper: bool) -> tuple[Variant, ...]:
     }  # fmt: skip
     found = []
 
-    def add(name: str, kernel: Any, constants: dict[str, Any], **own: str | None) -> None:
-        options = {o: constants[o] for o in ("num_warps", "num_stages", "enable_fp_fusion") if o in constants}
+    def add(name: str, kernel: Any, constants: Any, **own: str | None) -> None:
+        options: dict[str, Any] = {
+            o: constants[o] for o in ("num_warps", "num_stages", "enable_fp_fusion") if o in constants
+        }
         fixed = {c: value for c, value in constants.items() if c not in options}
-        signature = {a: (types | own).get(a, "i32") for a in kernel.arg_names if a not in fixed}
-        fixed |= {a: None for a, t in signature.items() if t is None}
-        signature = {a: t for a, t in signature.items() if t is not None}
+        every = {a: (types | own).get(a, "i32") for a in kernel.arg_names if a not in fixed}
+        fixed |= {a: None for a, t in every.items() if t is None}
+        signature = {a: t for a, t in every.items() if t is not None}
         found.append(Variant(f"{kernel.__name__} {name}".strip(), kernel, signature, fixed, options))
 
     for tokens in (577, 2880, 16384):
