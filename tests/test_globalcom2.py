@@ -175,7 +175,7 @@ def test_counts_hold(keep, seed, spread, at):
 def test_equal_claims_get_equal_budgets():
     tokens = tokens_of(SHAPES[0], spread=0.0)
     mask, _ = keep_mask(GlobalCom2(keep=0.25, scores="logits"), tokens)
-    parts = SHAPES[0].parts()
+    parts = SHAPES[0].regions()
     assert [int(mask[0, list(part.tokens)].sum()) for part in parts] == [9] * 5
 
 
@@ -186,7 +186,7 @@ def test_the_commanded_crop_gets_most():
     logits[0, torch.arange(36).reshape(6, 6)[3:, :3].flatten()] = 9.0  # the lower left of the thumbnail
     tokens = dataclasses.replace(tokens, signals={"cls_logits": logits})
     mask, _ = keep_mask(GlobalCom2(keep=0.25, scores="logits"), tokens)
-    sizes = {part.cell: int(mask[0, list(part.tokens)].sum()) for part in layout.parts()[1:]}
+    sizes = {part.cell: int(mask[0, list(part.tokens)].sum()) for part in layout.regions()[1:]}
     assert sizes == {0: 6, 1: 6, 2: 15, 3: 6}  # 36 * 0.25 * 0.75 and * 1.75, cut to integers
 
 
@@ -196,7 +196,7 @@ def test_any_selector_chooses_within_the_budgets():
     other, same = keep_mask(GlobalCom2(keep=0.3, scores="logits", selector=DivPrune()), tokens)
     assert counts == same
     assert not torch.equal(own, other)
-    for part in SHAPES[1].parts():
+    for part in SHAPES[1].regions():
         index = list(part.tokens)
         k = int(own[0, index].sum())
         picks = ops.farthest_first(tokens.features[0, index], k)
@@ -210,7 +210,7 @@ def test_video_frames_that_differ_from_the_rest_get_more():
     features[0, 60:90, :2] = torch.tensor([0.0, 1.0])  # the third frame
     tokens = VisualTokens(features, (layout,), (0,))
     mask, _ = keep_mask(GlobalCom2(keep=0.4, scores="distance"), tokens)
-    sizes = [int(mask[0, list(part.tokens)].sum()) for part in layout.parts()]
+    sizes = [int(mask[0, list(part.tokens)].sum()) for part in layout.regions()]
     assert sizes[2] > max(sizes[:2] + sizes[3:])
     logits = dataclasses.replace(tokens, signals={"cls_logits": torch.zeros(1, layout.length)})
     assert torch.equal(keep_mask(GlobalCom2(keep=0.4, scores="logits"), logits)[0], mask)

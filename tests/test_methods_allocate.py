@@ -67,7 +67,7 @@ def test_totals_are_those_of_keep_and_an_image_alone_keeps_the_same(by, keep, se
 def test_uniform_gives_every_part_the_same_share():
     layout = SHAPES[0]
     mask, _ = keep_mask(Allocate(keep=0.25), tokens_of(layout))
-    assert [int(mask[0, list(part.tokens)].sum()) for part in layout.parts()] == [9] * 5
+    assert [int(mask[0, list(part.tokens)].sum()) for part in layout.regions()] == [9] * 5
 
 
 def test_by_image_is_the_selector_itself():
@@ -81,7 +81,7 @@ def test_by_image_is_the_selector_itself():
 def test_by_frame_splits_videos_alone():
     tokens = tokens_of(*IMAGES)
     mask, _ = keep_mask(Allocate(keep=0.34, by="frame"), tokens)
-    frames = IMAGES[1].parts()
+    frames = IMAGES[1].regions()
     assert [int(mask[1, list(part.tokens)].sum()) for part in frames] == [3, 3, 3]
     whole, _ = keep_mask(Allocate(keep=0.34, by="image"), tokens)
     assert torch.equal(mask[0], whole[0])
@@ -127,26 +127,26 @@ def test_the_parts_of_a_cut_image():
             Segment("crops", 4, 8, (2, 3), True, (1, 2), (0, 0), (0, 1, 1)),
         ),
     )
-    parts = layout.parts()
+    parts = layout.regions()
     assert [(p.kind, p.tokens, p.cell, p.mosaic) for p in parts] == [
         ("thumbnail", (0, 1, 2, 3), 0, None),
         ("crops", (4, 8), 0, (1, 2)),
         ("crops", (5, 6, 9, 10), 1, (1, 2)),
     ]
     assert [p.layout.segments[0].grid for p in parts] == [(2, 2), (2, 1), (2, 2)]
-    assert [p.tokens for p in layout.without_newlines().parts()] == [(0, 1, 2, 3), (4, 7), (5, 6, 8, 9)]
+    assert [p.tokens for p in layout.without_newlines().regions()] == [(0, 1, 2, 3), (4, 7), (5, 6, 8, 9)]
 
 
 @pytest.mark.parametrize("layout", [*SHAPES, video(3, 9), alone(), Layout.plain(5)], ids=lambda x: str(x.length))
 def test_parts_cover_everything_but_newlines_once(layout):
-    tokens = sorted(i for part in layout.parts() for i in part.tokens)
+    tokens = sorted(i for part in layout.regions() for i in part.tokens)
     assert tokens == sorted(set(range(layout.length)) - set(layout.newlines()))
-    assert all(part.layout.length == len(part.tokens) for part in layout.parts())
+    assert all(part.layout.length == len(part.tokens) for part in layout.regions())
 
 
 def test_splitting_finds_every_token_again():
     tokens = tokens_of(*IMAGES, pad=1)
-    parts = [layout.parts() for layout in tokens.layouts]
+    parts = [layout.regions() for layout in tokens.layouts]
     pieces, place = tokens.split(parts)
     n = tokens.features.shape[1]
     flat = [(g, part) for g, own in enumerate(parts) for part in own]

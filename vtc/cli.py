@@ -194,10 +194,10 @@ def models(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
 ) -> None:
     """List the supported model families and the signals each offers to the methods."""
-    import vtc
+    from vtc.models import families
 
     header = ("model type", "modalities", "signals", "notes")
-    rows = [(f.model_type, ", ".join(f.modalities), ", ".join(f.signals), f.notes) for f in vtc.list_models()]
+    rows = [(f.model_type, ", ".join(f.modalities), ", ".join(f.signals), f.notes) for f in families()]
     if markdown:
         for row in (header, ("---",) * 4, *((f"`{name}`", *rest) for name, *rest in rows)):
             typer.echo(f"| {' | '.join(row)} |")

@@ -102,12 +102,12 @@ class Layout:
                 at += length
         return Layout(at, tuple(segments))
 
-    def parts(self) -> tuple[Part, ...]:
-        """The thumbnail, each crop with tokens, each frame, or else the whole; newline tokens belong to no part.
+    def regions(self) -> tuple[Region, ...]:
+        """The thumbnail, each crop with tokens, each frame, or else the whole; newline tokens belong to no region.
 
         In the order of their first tokens.
         """
-        return _parts(self)
+        return _regions(self)
 
     def of_kind(self, kind: Kind) -> tuple[Segment, ...]:
         """The segments of this kind, in order."""
@@ -115,7 +115,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Part:
+class Region:
     """Some tokens of one image that have a budget of their own.
 
     Attributes:
@@ -134,8 +134,8 @@ class Part:
 
 
 @functools.lru_cache(maxsize=256)
-def _parts(layout: Layout) -> tuple[Part, ...]:
-    found: list[Part] = []
+def _regions(layout: Layout) -> tuple[Region, ...]:
+    found: list[Region] = []
     frames = 0
     for segment in layout.segments:
         if segment.kind == "newline":
@@ -146,12 +146,12 @@ def _parts(layout: Layout) -> tuple[Part, ...]:
             found += _crops(segment, own)
             continue
         whole = Layout(len(own), (Segment(segment.kind, 0, len(own), segment.grid),))
-        found.append(Part(segment.kind, tuple(own), whole, frames if segment.kind == "frame" else 0))
+        found.append(Region(segment.kind, tuple(own), whole, frames if segment.kind == "frame" else 0))
         frames += segment.kind == "frame"
     return tuple(found)
 
 
-def _crops(segment: Segment, own: list[int]) -> list[Part]:
+def _crops(segment: Segment, own: list[int]) -> list[Region]:
     assert segment.crops is not None
     columns = len(segment.crop_columns)
     crops = []
@@ -162,7 +162,7 @@ def _crops(segment: Segment, own: list[int]) -> list[Part]:
         if rows and cols:
             tokens = tuple(own[i * columns + j] for i in rows for j in cols)
             whole = Layout(len(tokens), (Segment("crops", 0, len(tokens), (len(rows), len(cols))),))
-            crops.append(Part("crops", tokens, whole, cell, segment.crops))
+            crops.append(Region("crops", tokens, whole, cell, segment.crops))
     return crops
 
 
@@ -236,28 +236,28 @@ class VisualTokens:
                 rows[g, newlines] = False
         return rows.to(self.features.device, non_blocking=True)
 
-    def split(self, parts: Sequence[Sequence[Part]]) -> tuple[VisualTokens, Tensor]:
+    def split(self, regions: Sequence[Sequence[Region]]) -> tuple[VisualTokens, Tensor]:
         """Parts of the images, each as an image of its own.
 
         Args:
-            parts: of each image. All tokens must still be there.
+            regions: of each image. All tokens must still be there.
 
         Returns:
-            The R parts, and LongTensor [R, M]: where each token stands in ``features`` flattened to [G * N, d] (G * N
-            for padding). A part's ordinal is different from that of every other part and image of the sample.
+            The R regions, and LongTensor [R, M]: where each token stands in ``features`` flattened to [G * N, d] (G * N
+            for padding). A region's ordinal is different from that of every other region and image of the sample.
         """
         n = self.features.shape[1]
-        every = [(g, part) for g, own in enumerate(parts) for part in own]
+        every = [(g, region) for g, of_image in enumerate(regions) for region in of_image]
         place = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(part.tokens, dtype=torch.long) + g * n for g, part in every],
+            [torch.tensor(region.tokens, dtype=torch.long) + g * n for g, region in every],
             batch_first=True,
             padding_value=len(self.layouts) * n,
         ).to(self.features.device, non_blocking=True)
         inside = place.clamp(max=len(self.layouts) * n - 1)
         pieces = VisualTokens(
             self.features.flatten(0, 1)[inside],
-            tuple(part.layout for _, part in every),
-            tuple(self.ordinals[g] + (at << 20) for g, own in enumerate(parts) for at in range(len(own))),
+            tuple(region.layout for _, region in every),
+            tuple(self.ordinals[g] + (at << 20) for g, of_image in enumerate(regions) for at in range(len(of_image))),
             axes=self.axes,
             samples=tuple(self.samples[g] for g, _ in every) if self.samples else (),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vtc.budget import count
 from vtc.methods import Method, Stage
 from vtc.methods.globalcom2 import GlobalCom2
-from vtc.tokens import Layout, Part
+from vtc.tokens import Layout, Region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class FixedGlobalCom2(GlobalCom2):
         return Method.counts(self, layouts, stage, given)
 
     def _budgets(
-        self, parts: list[tuple[Part, ...]], keeps: list[float], shares: list[list[float]]
+        self, regions: list[tuple[Region, ...]], keeps: list[float], shares: list[list[float]]
     ) -> list[tuple[int, ...]]:
         budgets = []
-        for own, keep, commanded in zip(parts, keeps, shares, strict=True):
-            sizes = [len(part.tokens) for part in own]
+        for own, keep, commanded in zip(regions, keeps, shares, strict=True):
+            sizes = [len(region.tokens) for region in own]
             total = count(self.keep, sum(sizes))
             claims = [
-                (commanded[part.cell] if commanded and part.kind in ("crops", "frame") else keep) * size
-                for part, size in zip(own, sizes, strict=True)
+                (commanded[region.cell] if commanded and region.kind in ("crops", "frame") else keep) * size
+                for region, size in zip(own, sizes, strict=True)
             ]
             budgets.append(divided(total, sizes, claims))
         return budgets

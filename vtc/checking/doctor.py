@@ -108,7 +108,7 @@ def tour(device: str = "cpu") -> list[Patient]:
 
         return checkpoint(str(vtc_tinyvlm.CHECKPOINT), device).prepare()
 
-    families = [str(family) for family in list_models() if family in FAMILIES]
+    families = [name for name in list_models() if name in FAMILIES]
     return [Patient("tinyvlm (shipped)", "llava", shipped), *(_random(name, device) for name in families)]
 
 

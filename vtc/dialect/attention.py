@@ -123,7 +123,9 @@ def _norm(attention: nn.Module | None, side: str) -> Callable[[Tensor], Tensor] 
 
 def project_in_tower(attention: nn.Module, x: Tensor, side: str) -> Tensor:
     """The same of a vision tower, which rotates nothing; its norm (InternViT) runs over all heads."""
-    return project(attention, x, (), side, Recipe(None, "none", "whole"))
+    y, normalise = getattr(attention, f"{side}_proj")(x), _norm(attention, side)
+    heads = (attention.num_heads, -1) if hasattr(attention, "num_heads") else (-1, attention.head_dim)
+    return (y if normalise is None else normalise(y)).unflatten(-1, heads).transpose(1, 2)
 
 
 def _rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, whole: bool) -> Tensor:

@@ -16,7 +16,7 @@ from vtc.methods.divprune import DivPrune
 from vtc.methods.registry import register_method
 from vtc.methods.returns import check_reduction
 from vtc.methods.stages import Kept
-from vtc.tokens import Layout, Part, VisualTokens
+from vtc.tokens import Layout, Region, VisualTokens
 from vtc.values import shown
 
 
@@ -98,27 +98,27 @@ def within(
     selector: Method,
     stage: Stage,
     tokens: VisualTokens,
-    parts: Sequence[Sequence[Part]],
+    regions: Sequence[Sequence[Region]],
     budgets: Sequence[Sequence[int]],
 ) -> Reduction:
-    """Let a method choose within parts of images.
+    """Let a method choose within regions of images.
 
     Args:
         selector: the method.
         stage: where it does so.
         tokens: G images, of which nothing has left.
-        parts: of each image.
+        regions: of each image.
         budgets: of each part; where it is 0 the selector is not asked.
     """
-    asked = [[(p, k) for p, k in zip(*both, strict=True) if k] for both in zip(parts, budgets, strict=True)]
-    pieces, place = tokens.split([[part for part, _ in pairs] for pairs in asked])
+    asked = [[(p, k) for p, k in zip(*of_image, strict=True) if k] for of_image in zip(regions, budgets, strict=True)]
+    pieces, place = tokens.split([[region for region, _ in pairs] for pairs in asked])
     budget = tuple(k for pairs in asked for _, k in pairs)
     found = check_reduction(selector, selector.reduce(stage, pieces, budget), budget, pieces)
     return unsplit(Kept.of(found, pieces), place, tokens, tuple(sum(k for _, k in pairs) for pairs in asked))
 
 
 def unsplit(kept: Kept, place: Tensor, tokens: VisualTokens, counts: tuple[int, ...]) -> Reduction:
-    """What was kept of the parts of :meth:`VisualTokens.split`, as a reduction of the images they come from."""
+    """What was kept of the regions of :meth:`VisualTokens.split`, as a reduction of the images they come from."""
     shape = tokens.features.shape[:2]
 
     def back(values: Tensor) -> Tensor:  # [R, M, ...] to [G, N, ...]
@@ -144,9 +144,9 @@ class Allocate(Allocator):
 
     1. ``by="image"``: one budget for each image, as every method has by itself. ``by="uniform"``: one for the
        thumbnail, each crop and each frame. ``by="frame"``: one for each frame of a video; pictures stay whole.
-    2. The image's total is that of ``keep``, rounded once, and divided in proportion to the sizes of its parts; the
+    2. The image's total is that of ``keep``, rounded once, and divided in proportion to the sizes of its regions; the
        largest remainders get what is left over.
-    3. The selector chooses within each part, as if it were an image of its own.
+    3. The selector chooses within each region, as if it were an image of its own.
 
     ``uniform`` is the baseline that GlobalCom² is 1.4 points better than in its paper's ablation (LLaVA-NeXT-7B);
     ``vtc.GlobalCom2(selector=...)`` is its allocation with any selector. Newlines always stay.
@@ -172,19 +172,19 @@ class Allocate(Allocator):
             raise ValueError(f"by={shown(self.by)} is neither 'uniform' nor 'image' nor 'frame'")
         if self.newlines != "keep":
             raise ValueError(
-                f"newlines={shown(self.newlines)}: newline tokens belong to no part of an image; they are kept"
+                f"newlines={shown(self.newlines)}: newline tokens belong to no region of an image; they are kept"
             )
 
     def share_out(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 3; does not wait for the device if the selector does not."""
         assert budget is not None
-        parts = [self._parts(layout) for layout in tokens.layouts]
+        regions = [self._regions(layout) for layout in tokens.layouts]
         budgets = [
-            apportioned(total, [len(part.tokens) for part in of_image])
-            for total, of_image in zip(budget, parts, strict=True)
+            apportioned(total, [len(region.tokens) for region in of_image])
+            for total, of_image in zip(budget, regions, strict=True)
         ]
-        return within(self.selector, stage, tokens, parts, budgets)
+        return within(self.selector, stage, tokens, regions, budgets)
 
-    def _parts(self, layout: Layout) -> tuple[Part, ...]:
+    def _regions(self, layout: Layout) -> tuple[Region, ...]:
         split = self.by == "uniform" or (self.by == "frame" and bool(layout.of_kind("frame")))
-        return layout.parts() if split else (Part("image", tuple(range(layout.length)), layout),)
+        return layout.regions() if split else (Region("image", tuple(range(layout.length)), layout),)

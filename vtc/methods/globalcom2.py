@@ -19,7 +19,7 @@ from vtc.methods.stages import Kept
 from vtc.ops.scores import claimed_shares
 from vtc.places import Entry
 from vtc.signals import Cls, ClsLogits, TowerSignal
-from vtc.tokens import Layout, Part, VisualTokens
+from vtc.tokens import Layout, Region, VisualTokens
 from vtc.values import number, shown
 
 _SIGNAL: dict[str | None, TowerSignal] = {"logits": ClsLogits(), "probabilities": Cls()}
@@ -141,21 +141,21 @@ class GlobalCom2(Allocator):
         keeps = [share(self.keep, n) for n in tokens.lengths]
         if min(keeps, default=1.0) == 1.0:
             return Reduction.of_mask(tokens.mask, tokens.lengths)
-        parts = [layout.parts() for layout in tokens.layouts]
-        pieces, place = tokens.split(parts)
+        regions = [layout.regions() for layout in tokens.layouts]
+        pieces, place = tokens.split(regions)
         local = self._local(pieces)
-        whole = torch.cat([self._whole(tokens, parts, local).flatten(), local.new_zeros(1)])[place]
-        budgets = self._budgets(parts, keeps, self._shares(parts, keeps, local, whole))
+        whole = torch.cat([self._whole(tokens, regions, local).flatten(), local.new_zeros(1)])[place]
+        budgets = self._budgets(regions, keeps, self._shares(regions, keeps, local, whole))
         if self.selector is not None:
-            return within(self.selector, stage, tokens, parts, budgets)
-        score = torch.where(_rows_of(parts, place.device), _unit(local) + _unit(whole), local).float()
+            return within(self.selector, stage, tokens, regions, budgets)
+        score = torch.where(_rows_of(regions, place.device), _unit(local) + _unit(whole), local).float()
         picks = highest(score.masked_fill(~pieces.mask, -torch.inf), score.shape[1])
         each = tuple(k for of_image in budgets for k in of_image)
         kept = Kept(first_of(picks, each, score.shape[1]), each)
         return unsplit(kept, place, tokens, tuple(map(sum, budgets)))
 
     def _local(self, pieces: VisualTokens) -> Tensor:
-        """Step 1 for each part by itself: float64 [R, M], 0 for padding. Frames always go by distance."""
+        """Step 1 for each region by itself: float64 [R, M], 0 for padding. Frames always go by distance."""
         signal = _SIGNAL.get(self.scores)
         frames = [bool(layout.of_kind("frame")) for layout in pieces.layouts]
         if signal is None or all(frames):
@@ -166,54 +166,54 @@ class GlobalCom2(Allocator):
             scores = torch.where(where[:, None], distance(pieces.features, pieces.mask), scores)
         return scores
 
-    def _whole(self, tokens: VisualTokens, parts: list[tuple[Part, ...]], local: Tensor) -> Tensor:
+    def _whole(self, tokens: VisualTokens, regions: list[tuple[Region, ...]], local: Tensor) -> Tensor:
         """The global scores of step 4: float64 [G, N], 0 where nothing commands."""
         scores = local.new_zeros(tokens.features.shape[:2])
         row = 0
-        for g, (layout, own) in enumerate(zip(tokens.layouts, parts, strict=True)):
-            if _is_cut(own):
+        for g, (layout, of_image) in enumerate(zip(tokens.layouts, regions, strict=True)):
+            if _is_cut(of_image):
                 (mosaic,) = layout.of_kind("crops")
-                thumbnail = _square(local[row, : len(own[0].tokens)])
+                thumbnail = _square(local[row, : len(of_image[0].tokens)])
                 enlarged = torch.nn.functional.interpolate(thumbnail[None, None], size=mosaic.grid, mode="bilinear")
                 scores[g, mosaic.start : mosaic.stop] = enlarged.flatten()
-            elif _is_video(own):
+            elif _is_video(of_image):
                 video = tokens.features[g : g + 1, : layout.length]
                 scores[g, : layout.length] = distance(video, video.new_ones(video.shape[:2], dtype=torch.bool))[0]
-            row += len(own)
+            row += len(of_image)
         return scores
 
     def _shares(
-        self, parts: list[tuple[Part, ...]], keeps: list[float], local: Tensor, whole: Tensor
+        self, regions: list[tuple[Region, ...]], keeps: list[float], local: Tensor, whole: Tensor
     ) -> list[list[float]]:
         """Step 3, on the host: the share of each crop, in raster order, or frame; nothing for other images."""
         found = []
         row = 0
-        for own, keep in zip(parts, keeps, strict=True):
-            if _is_cut(own):
-                thumbnail = local[row, : len(own[0].tokens)]
-                rows, columns = _mosaic(own)
+        for of_image, keep in zip(regions, keeps, strict=True):
+            if _is_cut(of_image):
+                thumbnail = local[row, : len(of_image[0].tokens)]
+                rows, columns = _mosaic(of_image)
                 found.append(ops.crop_budgets(thumbnail, (columns, rows), keep, tau=self.tau))
-            elif _is_video(own):
-                found.append(claimed_shares(whole[row : row + len(own)].sum(-1), keep, self.tau))
+            elif _is_video(of_image):
+                found.append(claimed_shares(whole[row : row + len(of_image)].sum(-1), keep, self.tau))
             else:
                 found.append(local.new_zeros(0))
-            row += len(own)
+            row += len(of_image)
         flat = iter(torch.cat(found).tolist())  # the one wait
         return [[next(flat) for _ in range(len(shares))] for shares in found]
 
     def _budgets(
-        self, parts: list[tuple[Part, ...]], keeps: list[float], shares: list[list[float]]
+        self, regions: list[tuple[Region, ...]], keeps: list[float], shares: list[list[float]]
     ) -> list[tuple[int, ...]]:
         budgets = []
-        for own, keep, commanded in zip(parts, keeps, shares, strict=True):
+        for of_image, keep, commanded in zip(regions, keeps, shares, strict=True):
             counts = [
-                truncated(commanded[part.cell] if commanded and part.kind in ("crops", "frame") else keep, n)
-                for part in own
-                for n in [len(part.tokens)]
+                truncated(commanded[region.cell] if commanded and region.kind in ("crops", "frame") else keep, n)
+                for region in of_image
+                for n in [len(region.tokens)]
             ]
             if not any(counts):
                 counts[0] = 1
-            budgets.append(tuple(counts) if keep < 1.0 else tuple(len(part.tokens) for part in own))
+            budgets.append(tuple(counts) if keep < 1.0 else tuple(len(region.tokens) for region in of_image))
         return budgets
 
 
@@ -233,24 +233,30 @@ def _unit(scores: Tensor) -> Tensor:
     return scores / torch.linalg.vector_norm(scores, dim=-1, keepdim=True).clamp_min(1e-30)
 
 
-def _is_cut(parts: tuple[Part, ...]) -> bool:
+def _is_cut(regions: tuple[Region, ...]) -> bool:
     """Whether a thumbnail comes first, and crops whose places are known follow."""
-    return len(parts) > 1 and parts[0].kind == "thumbnail" and all(part.mosaic is not None for part in parts[1:])
+    return (
+        len(regions) > 1 and regions[0].kind == "thumbnail" and all(region.mosaic is not None for region in regions[1:])
+    )
 
 
-def _is_video(parts: tuple[Part, ...]) -> bool:
-    return bool(parts) and all(part.kind == "frame" for part in parts)
+def _is_video(regions: tuple[Region, ...]) -> bool:
+    return bool(regions) and all(region.kind == "frame" for region in regions)
 
 
-def _mosaic(parts: tuple[Part, ...]) -> tuple[int, int]:
-    mosaic = parts[1].mosaic
+def _mosaic(regions: tuple[Region, ...]) -> tuple[int, int]:
+    mosaic = regions[1].mosaic
     assert mosaic is not None
     return mosaic
 
 
-def _rows_of(parts: list[tuple[Part, ...]], device: torch.device) -> Tensor:
-    """Bool [R, 1]: the parts that are commanded, crops and frames."""
-    rows = [(_is_cut(own) and part.kind == "crops") or _is_video(own) for own in parts for part in own]
+def _rows_of(regions: list[tuple[Region, ...]], device: torch.device) -> Tensor:
+    """Bool [R, 1]: the regions that are commanded, crops and frames."""
+    rows = [
+        (_is_cut(of_image) and region.kind == "crops") or _is_video(of_image)
+        for of_image in regions
+        for region in of_image
+    ]
     return torch.tensor(rows).to(device, non_blocking=True)[:, None]
 
 

@@ -8,6 +8,7 @@ from vtc.models.base import (
     ModelFamily,
     Parts,
     UnsupportedModelError,
+    families,
     list_models,
     register_model,
     resolve,
@@ -16,4 +17,13 @@ from vtc.models.base import (
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Adapter", "ModelFamily", "Parts", "UnsupportedModelError", "list_models", "register_model", "resolve"]
+__all__ = [
+    "Adapter",
+    "ModelFamily",
+    "Parts",
+    "UnsupportedModelError",
+    "families",
+    "list_models",
+    "register_model",
+    "resolve",
+]

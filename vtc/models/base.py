@@ -91,31 +91,21 @@ class Parts:
         return any(attention.reads_positions(layer) for layer in self.layers)
 
 
-class ModelFamily(str):
-    """One entry of :func:`list_models`: a ``model_type``, as a string that knows more.
+@dataclass(frozen=True, order=True)
+class ModelFamily:
+    """One entry of :func:`families`.
 
     Attributes:
+        model_type: of transformers' configs.
         modalities: those that are tested.
-        signals: those that the family can offer to methods.
+        signals: CLS signals that its vision tower gives as a rule.
         notes: what is particular about it.
     """
 
-    __slots__ = ("modalities", "notes", "signals")
-
+    model_type: str
     modalities: tuple[str, ...]
     signals: tuple[str, ...]
     notes: str
-
-    def __new__(cls, model_type: str, modalities: tuple[str, ...], signals: tuple[str, ...], notes: str) -> ModelFamily:
-        """A family by name."""
-        family = super().__new__(cls, model_type)
-        family.modalities, family.signals, family.notes = modalities, signals, notes
-        return family
-
-    @property
-    def model_type(self) -> str:
-        """The name, as a plain string."""
-        return str(self)
 
 
 class Adapter:
@@ -219,8 +209,13 @@ def register_model(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-def list_models() -> list[ModelFamily]:
-    """The families that are tested, by ``model_type``. Others that look alike are accepted too."""
+def list_models() -> list[str]:
+    """The ``model_type`` of every family that is tested, sorted. Others that look alike are accepted too."""
+    return sorted(_REGISTRY)
+
+
+def families() -> list[ModelFamily]:
+    """The same with what is known of them."""
     return [
         ModelFamily(name, adapter.families[name], ("cls", "cls_logits") if adapter.has_cls else (), adapter.notes)
         for name, adapter in sorted(_REGISTRY.items())
