@@ -66,7 +66,7 @@ def test_names_of_transformers_are_spelled_in_one_room() -> None:
         if file.is_relative_to(ROOT / "vtc/dialect") or file.is_relative_to(ROOT / "vtc/zoo"):
             continue
         banned = INSIDES | (IN_THE_ENGINE if file.is_relative_to(ROOT / "vtc/engine") else set())
-        if file.is_relative_to(ROOT / "integrations/vllm"):
+        if file.is_relative_to(ROOT / "integrations/vtc_vllm"):
             banned -= {"inputs_embeds", "mrope_section"}  # there they are vLLM's
         found += [f"{file.relative_to(ROOT)}:{line} {name}" for name, line in names_in(file) if name in banned]
     assert found == []

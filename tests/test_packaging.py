@@ -54,17 +54,14 @@ def wheel(tmp_path_factory) -> Path:
     return next((tree / "dist").glob("*.whl"))
 
 
-def test_every_package_in_the_tree_is_listed():
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vtc").rglob("__init__.py")}
-    named = {
-        "vtc_tinyvlm": "benchmarks/tinyvlm",
-        "vtc_tinyvlm_next": "benchmarks/tinyvlm_next",
-    } | {
-        f"vtc_{path.parent.name}": f"integrations/{path.parent.name}"
-        for path in ROOT.glob("integrations/*/__init__.py")
-    }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | set(named)
-    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"vtc": "vtc"} | named
+def test_the_wheel_has_every_package_of_the_tree_and_no_other(wheel):
+    """Each folder is named as it is imported."""
+    roots = {path.parent.parent for path in ROOT.glob("*/vtc_*/__init__.py")} | {ROOT}
+    paths = [path for root in roots for top in root.glob("vtc*") for path in top.rglob("*.py")]
+    found = {path.relative_to(next(p for p in path.parents if p in roots)).as_posix() for path in paths}
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.endswith(".py")}
+    assert {n for n in found if "/examples/" not in n} == packed
 
 
 def test_the_wheel_names_its_extras_and_few_dependencies(wheel):

@@ -232,7 +232,7 @@ def test_prompts_are_the_same_wherever_one_asks(url, scenes):
 
 def test_the_example_client(url, scenes, tmp_path):
     """Streams; two images in one question."""
-    script = Path(__file__).parents[1] / "integrations" / "vllm" / "examples" / "openai_client.py"
+    script = Path(__file__).parents[1] / "integrations" / "vtc_vllm" / "examples" / "openai_client.py"
     files = []
     for i in range(2):
         files += ["--image", str(tmp_path / f"{i}.png")]

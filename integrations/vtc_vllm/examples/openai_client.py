@@ -1,7 +1,8 @@
 """Ask a served model with the OpenAI client: several images in one question, and the answer as it is generated.
 
-Start a server first, `vtc serve tinyvlm --keep 0.25`, then `python integrations/vllm/examples/openai_client.py`. Any
-server and files will do: `--url http://127.0.0.1:8000/v1 --model tinyvlm --image a.png --image b.png "what is it ?"`.
+Start a server first, `vtc serve tinyvlm --keep 0.25`, then `python integrations/vtc_vllm/examples/openai_client.py`.
+Any server and files will do:
+`--url http://127.0.0.1:8000/v1 --model tinyvlm --image a.png --image b.png "what is it ?"`.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def check_version(installed: str | None = None) -> None:
     """
     found = installed_version() if installed is None else installed
     if found is None:
-        raise ModuleNotFoundError("vllm is not installed; README.md of integrations/vllm has the command", name="vllm")
+        raise ModuleNotFoundError("vllm is not installed; integrations/vtc_vllm/README.md has the command", name="vllm")
     parts = [int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit()]
     if not OLDEST <= tuple(parts) <= NEWEST:
         oldest, newest = (".".join(map(str, end)) for end in (OLDEST, NEWEST))
