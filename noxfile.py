@@ -48,28 +48,32 @@ KERNELS = "triton==3.9.0"
 locks; its CPU build, which tests use, asks for none."""
 
 ONLY_NEWEST = (
-    "backend",
-    "budget",
-    "children",
-    "config",
-    "globalcom2",
-    "gpu_suite",
-    "kernels_*",
-    "methods",
-    "methods_[!m]*",
-    "ops*",
-    "packaging",
-    "tokens",
+    "test_budget.py",
+    "test_children.py",
+    "test_config.py",
+    "test_packaging.py",
+    "test_tokens.py",
+    "benchmarks/test_gpu_suite.py",
+    "methods/test_globalcom2.py",
+    "methods/test_methods.py",
+    "methods/test_methods_[!m]*.py",
+    "ops/test_*.py",
 )
 """Tests that no release of transformers can change: they see tensors and files, never a model. Once is enough."""
-ONLY_ENDS = ("cli", "estimate", "lmms_eval*", "profile", "show", "sweep*", "tinyvlm*", "tune", "viz", "vllm*")
+ONLY_ENDS = (
+    "benchmarks/test_tinyvlm*.py",
+    "commands/test_*.py",
+    "integrations/test_*.py",
+    "profiling/test_*.py",
+    "viz/test_*.py",
+)
 """Tests of what stands on the engine: what passes on the oldest and on the newest release needs none between. Those of
 the engine itself run on every one."""
 # a file's tests share models and references, so one process runs them all; files in order, the short ones last
 SUITE = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 APART = {
-    "lmms_eval": ["tests/test_lmms_eval_runs.py", "tests/test_lmms_eval_sweep.py"],
-    "vllm": ["tests/test_vllm.py", "tests/test_vllm_processes.py"],
+    "lmms_eval": ["tests/integrations/test_lmms_eval_runs.py", "tests/integrations/test_lmms_eval_sweep.py"],
+    "vllm": ["tests/integrations/test_vllm.py", "tests/integrations/test_vllm_processes.py"],
 }
 """The files with tests that carry this mark and need an environment of their own."""
 
@@ -96,7 +100,7 @@ def tests(session: nox.Session, transformers: str) -> None:
         session.install(KERNELS)
     elsewhere = ONLY_NEWEST if transformers != TRANSFORMERS[-1] else ()
     elsewhere += ONLY_ENDS if transformers in TRANSFORMERS[1:-1] else ()
-    arguments = session.posargs or [*SUITE, *(f"--ignore-glob=tests/test_{name}.py" for name in elsewhere)]
+    arguments = session.posargs or [*SUITE, *(f"--ignore-glob=tests/{name}" for name in elsewhere)]
     session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD | OFFLINE)
 
 

@@ -8,7 +8,9 @@ features of Qwen3-VL and the per-layer inputs of Gemma4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -261,3 +263,26 @@ def _prepared(model: Any, allowed: Tensor) -> Tensor:
     if model.config.get_text_config()._attn_implementation != "eager":
         return allowed[None, None]
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+
+
+@contextmanager
+def blind(model: Any, gone: list[Tensor]) -> Iterator[None]:
+    """Hide columns from each layer of an unpatched model with eager attention and no cache."""
+
+    def hide(index: int, layer: Any, args: Any, kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"].clone()
+        mask[..., torch.nn.functional.pad(gone[index], (0, mask.shape[-1] - len(gone[index])))] = torch.finfo(
+            mask.dtype
+        ).min
+        return args, kwargs | {"attention_mask": mask}
+
+    layers = model.get_decoder().layers
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(hide, index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -18,6 +18,7 @@ from vtc.methods.registry import _REGISTRY
 from vtc.methods.todre import ToDRE
 
 GOOD = {"version": 1, "method": "todre", "options": {"keep": 64, "pivot": "random"}, "positions": "compact"}
+OURS = [name for name in list_methods() if method_class(name).__module__.startswith("vtc.")]  # tests register others
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def chain(monkeypatch):
     return Chain
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", OURS)
 def test_every_method_survives_json_with_its_defaults(name):
     method = method_class(name)()
     config = CompressionConfig.of(method)

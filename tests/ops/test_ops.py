@@ -8,38 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nosync import NoSync
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtc import ops
 from vtc.ops import recursion
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
 MODES = ["isolated", "k_center", "max_sum", "mmr"]
-
-
-class NoSync(TorchDispatchMode):
-    """Raises on whatever reads the device from the host, or has a shape that depends on values."""
-
-    FORBIDDEN = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "unique",
-        "equal",
-        "is_nonzero",
-        "repeat_interleave",
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0].lstrip("_")
-        if any(name == f.lstrip("_") for f in self.FORBIDDEN):
-            raise AssertionError(f"{func} waits for the device")
-        if name in ("index", "index_put", "index_put_"):
-            indices = [i for i in args[1] if i is not None]
-            if any(i.dtype == torch.bool for i in indices):
-                raise AssertionError(f"{func} with a bool index waits for the device")
-        return func(*args, **(kwargs or {}))
 
 
 def data(seed: int, *shape: int, kind: str = "gauss") -> Tensor:

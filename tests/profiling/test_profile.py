@@ -29,7 +29,7 @@ from vtc.signals import Transitions
 
 tiny = pytest.importorskip("vtc_tinyvlm")
 NAP = 0.3
-NEXT_SMALL = Path(__file__).parents[1] / "benchmarks" / "configs" / "llava_next_small"
+NEXT_SMALL = Path(__file__).parents[2] / "benchmarks" / "configs" / "llava_next_small"
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from asking import keep_mask
 from hypothesis import given
 from hypothesis import strategies as st
+from nosync import NoSync
 from test_globalcom2 import SHAPES, alone, tokens_of, video
-from test_ops import NoSync
 
 from vtc import ops
 from vtc.budget import apportioned, count, share, truncated

@@ -1,6 +1,6 @@
 """Tasks of lmms-eval in `vtc sweep`, as far as that goes without lmms-eval: scores, refusals, prompts, judges.
 
-tests/test_lmms_eval_sweep.py has the tasks of lmms-eval itself.
+test_lmms_eval_sweep.py has the tasks of lmms-eval itself.
 """
 
 import functools

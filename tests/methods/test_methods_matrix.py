@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from flash import flash_attention
+from reference import blind
 from release import CACHE, OLD
-from test_layers import blind
 from torch import Tensor
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
@@ -175,7 +175,7 @@ def test_a_sample_is_the_same_alone_and_among_eight(family: str, name: str) -> N
 
 
 def test_query_aware_methods_warn_once_in_a_later_turn() -> None:
-    from test_generation import generate, prepared, second_turn
+    from generating import generate, prepared, second_turn
     from transformers import DynamicCache
 
     model, batch = prepared("llava")

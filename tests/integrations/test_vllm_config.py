@@ -36,7 +36,7 @@ from vtc_vllm.signals import ClsRow
 
 tomllib = pytest.importorskip("tomllib")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # -------------------------------------------------------------------------------------------------------- configuration

@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from reference import Continuation, continue_by_hand, decoder_call
-from test_layers import blind
-from test_signals import eager_rows, pixels_of, scores_by_hand, sources
+from reference import Continuation, blind, continue_by_hand, decoder_call
 from torch import Tensor
+from tower_reference import eager_rows, pixels_of, scores_by_hand, sources
 from zoo import GREEDY, NEW_TOKENS, SPECIAL_IDS, Batch, get_model, make_batch
 
 import vtc

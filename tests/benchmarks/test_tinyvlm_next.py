@@ -14,7 +14,7 @@ from vtc_tinyvlm import questions, scenes  # noqa: E402
 from vtc_tinyvlm_next import data  # noqa: E402
 
 HERE = Path(tiny.__file__).parent
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # (width, height) -> crops, image tokens: 144 for the thumbnail, then rows of patches with a newline each.
 TOKENS = {
     (192, 192): (4, 144 + 24 * 25),

@@ -10,7 +10,7 @@ import torch
 from asking import keep_mask, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import NoSync
+from nosync import NoSync
 
 from vtc import ops
 from vtc.methods import returns

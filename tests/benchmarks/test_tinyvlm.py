@@ -14,7 +14,7 @@ tiny = pytest.importorskip("vtc_tinyvlm")
 from vtc_tinyvlm import data, questions, scenes  # noqa: E402
 
 HERE = Path(tiny.__file__).parent
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ALL_KINDS = [*questions.TYPES, "rel", "rel", "count", "digit"]
 
 

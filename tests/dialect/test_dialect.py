@@ -19,7 +19,7 @@ import vtc
 from vtc.dialect import arguments, attention, generation, releases
 from vtc.dialect.arguments import CACHE, Role, Spelling
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NATIVE = Spelling(get_model("llava").get_decoder().forward, "").name(CACHE)
 
 # -------------------------------------------------------------------------------------------------------- one room only

@@ -22,7 +22,7 @@ from vtc.ops.kernels.variant import Variant
 triton = pytest.importorskip("triton", reason="Triton is made for Linux")
 tl = importlib.import_module("triton.language")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 compile_kernels = importlib.import_module("compile_kernels")
 Compiled, TARGETS = compile_kernels.Compiled, compile_kernels.TARGETS
@@ -79,7 +79,7 @@ def test_the_table_has_no_module_that_is_gone():
 
 
 def test_kernels_that_do_not_fit_are_named():
-    run = harness("--module", f"tests.{Path(__file__).stem}", "--json")
+    run = harness("--module", f"tests.ops.{Path(__file__).stem}", "--json")
     assert run.returncode == 1
     rows = {(row["variant"], row["target"]): Compiled(**row) for row in json.loads(run.stdout)}
     failed = [line for line in run.stderr.splitlines() if line.startswith("FAILED")]

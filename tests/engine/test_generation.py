@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 from flash import flash_attention
+from generating import generate, prepared, second_turn
 from release import CACHE, OLD, checkpointing
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
-from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
+from zoo import FAMILIES, NEW_TOKENS, Batch
 
 import vtc
 from vtc.dialect.caches import physical_length
@@ -26,17 +27,6 @@ from vtc.engine.lengths import slot_map
 
 SOME = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "paligemma")
 ONE_D = tuple(name for name in SOME if FAMILIES[name].one_dim)
-
-
-def prepared(family: str, **options: Any) -> tuple[Any, Batch]:
-    model = get_model(family)
-    model.set_attn_implementation("sdpa")
-    return model, make_batch(family, **options)
-
-
-def generate(model: Any, inputs: Any, seed: int = 0, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    return model.generate(**inputs, **(GREEDY | options))
 
 
 # ------------------------------------------------------------------------------------------- decoding strategies
@@ -94,23 +84,6 @@ def test_assisted_decoding_with_a_static_cache(family: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- several turns
-
-
-def second_turn(batch: Batch, first: Tensor, new: int = 5) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs of a second, text-only turn: from scratch (with the images), and for the cache of the first turn."""
-    more = torch.randint(20, 200, (first.shape[0], new), generator=torch.Generator().manual_seed(1))
-    ids = torch.cat([first, more], dim=1)
-    grown = ids.shape[1] - batch["input_ids"].shape[1]
-    whole = dict(batch) | {"input_ids": ids}
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    whole["attention_mask"] = torch.nn.functional.pad(mask, (0, grown), value=1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in batch:
-            whole[name] = torch.nn.functional.pad(batch[name], (0, grown))
-    text = {
-        n: v for n, v in whole.items() if n in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-    }
-    return whole, text
 
 
 @pytest.mark.parametrize("family", SOME)

@@ -8,16 +8,15 @@ tests drops tokens by their index, so that nothing but the engine is tested.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from flash import flash_attention
+from generating import generate, prepared, second_turn
+from reference import blind
 from release import CACHE, OLD, checkpointing
-from test_generation import generate, prepared, second_turn
 from test_matrix import with_positions
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -94,29 +93,6 @@ def gone_by_layer(images: list[Tensor], method: EveryOther, length: int, depth: 
             gone[left] = False
         layers.append(gone)
     return layers
-
-
-@contextmanager
-def blind(model: Any, gone: list[Tensor]) -> Iterator[None]:
-    """Hide columns from each layer of an unpatched model with eager attention and no cache."""
-
-    def hide(index: int, layer: Any, args: Any, kwargs: Any) -> Any:
-        mask = kwargs["attention_mask"].clone()
-        mask[..., torch.nn.functional.pad(gone[index], (0, mask.shape[-1] - len(gone[index])))] = torch.finfo(
-            mask.dtype
-        ).min
-        return args, kwargs | {"attention_mask": mask}
-
-    layers = model.get_decoder().layers
-    handles = [
-        layer.register_forward_pre_hook(functools.partial(hide, index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @functools.cache

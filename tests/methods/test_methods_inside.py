@@ -13,7 +13,7 @@ from asking import inside as inside_of
 from asking import keep_mask, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import NoSync
+from nosync import NoSync
 
 from vtc import ops
 from vtc.config import CompressionConfig
@@ -32,7 +32,7 @@ from vtc.places import Entry, Layer
 from vtc.signals import Rows, Share, Transitions
 from vtc.tokens import Layout, Segment, VisualTokens
 
-RECORDED = Path(__file__).parent / "recorded" / "transprune_rank.npz"
+RECORDED = Path(__file__).parents[1] / "recorded" / "transprune_rank.npz"
 STAGE2 = ToDRE(stage2=True)
 
 

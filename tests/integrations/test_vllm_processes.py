@@ -63,7 +63,7 @@ def even_llava(path):
 def test_tensor_parallel(tmp_path, scenes):
     """Two processes, each with half of the heads; the pivot needs the CLS row, which is not among either's."""
     model, processor = even_llava(tmp_path)
-    script = Path(__file__).parents[1] / ".ci" / "vllm" / "two_processes.py"
+    script = Path(__file__).parents[2] / ".ci" / "vllm" / "two_processes.py"
     run = [sys.executable, str(script), str(tmp_path / "even"), "24"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=600, env=os.environ | SURROUNDINGS)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -232,7 +232,7 @@ def test_prompts_are_the_same_wherever_one_asks(url, scenes):
 
 def test_the_example_client(url, scenes, tmp_path):
     """Streams; two images in one question."""
-    script = Path(__file__).parents[1] / "integrations" / "vtc_vllm" / "examples" / "openai_client.py"
+    script = Path(__file__).parents[2] / "integrations" / "vtc_vllm" / "examples" / "openai_client.py"
     files = []
     for i in range(2):
         files += ["--image", str(tmp_path / f"{i}.png")]

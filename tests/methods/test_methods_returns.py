@@ -10,7 +10,7 @@ import pytest
 import torch
 from asking import inside as inside_of
 from asking import keep_mask as entering
-from test_ops import NoSync
+from nosync import NoSync
 from zoo import get_model, make_batch
 
 import vtc

@@ -18,7 +18,7 @@ from vtc_lmms_eval import EvaluationStopped, bases, runs, scenes
 from vtc_lmms_eval.arguments import split
 from vtc_lmms_eval.meter import Clock, Meter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers as tf
-from test_layers import EveryOther, blind, gone_by_layer
+from reference import blind
+from test_layers import EveryOther, gone_by_layer
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaAttention

@@ -22,7 +22,8 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 pytest.importorskip("triton", reason="Triton is made for Linux")
 import triton.language as tl
-from test_ops import MODES, NoSync, agree, data, naive, run
+from nosync import NoSync
+from test_ops import MODES, agree, data, naive, run
 from triton.runtime.interpreter import InterpretedFunction
 
 from vtc import ops
@@ -46,7 +47,7 @@ def test_in_a_process_that_interprets():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=env, check=False, cwd=Path(__file__).parents[1], timeout=900
+        command, capture_output=True, text=True, env=env, check=False, cwd=Path(__file__).parents[2], timeout=900
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
