@@ -28,6 +28,7 @@ from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm
 from vtc.methods.random import Random
 from vtc.methods.registry import _REGISTRY, blind_methods
+from vtc.methods.scope import SCOPE
 from vtc.methods.todre import ToDRE
 from vtc.methods.visionzip import VisionZip
 from vtc.tokens import Layout, Segment, VisualTokens
@@ -42,6 +43,8 @@ METHODS = [
     Random(seed=7),
     Grid(),
     FasterVLM(),
+    SCOPE(),
+    SCOPE(alpha=2.0, combined="add"),
     VisionZip(),
     VisionZip(contextual=4),
 ]
