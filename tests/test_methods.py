@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import NoSync
 
+import vtc
 from vtc import ops
 from vtc.methods import Method, list_methods, make_method, method_class, register_method
 from vtc.methods.base import Reduction, Stage, image_seed
@@ -141,6 +142,16 @@ def test_keep_everything_never_selects(newlines, monkeypatch):
     mask, counts = keep_mask(DivPrune(keep=1.0, newlines=newlines), tokens)
     assert counts == (19, 3)
     assert torch.equal(mask, tokens.mask)
+
+
+@pytest.mark.parametrize("method", NESTED, ids=label)
+def test_select_knows_the_order_of_all(method):
+    tokens = tokens_of([Layout.plain(9)])
+    signals = {"cls": tokens.signals["cls"][0]}
+    found = vtc.select(method, tokens.features[0], keep=9, signals=signals)
+    assert found.index.tolist() == [*range(9)]
+    assert found.order.tolist()[:8] == vtc.select(method, tokens.features[0], keep=8, signals=signals).order.tolist()
+    assert vtc.select(method, tokens.features[0], keep=1.0, signals=signals).order is None
 
 
 def test_unread_entries_of_an_index_do_not_matter():
