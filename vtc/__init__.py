@@ -14,13 +14,17 @@ from vtc.methods import Method, Reduction, Scorer, Stage, list_methods, register
 from vtc.methods.allocate import Allocate
 from vtc.methods.chain import Chain
 from vtc.methods.divprune import DivPrune
+from vtc.methods.fastervlm import FasterVLM
+from vtc.methods.fastv import FastV
 from vtc.methods.globalcom2 import GlobalCom2
 from vtc.methods.grid import Grid
 from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm, SelectorWeights
 from vtc.methods.random import Random
+from vtc.methods.scope import SCOPE
 from vtc.methods.todre import ToDRE
 from vtc.methods.transprune import TransPrune
+from vtc.methods.visionzip import VisionZip
 from vtc.models import Adapter, UnsupportedModelError, list_models, register_model
 from vtc.patching import patch, unpatch
 from vtc.profiling.estimate import estimate
@@ -29,12 +33,15 @@ from vtc.selecting import select
 __version__ = "0.1.0"
 
 __all__ = [
+    "SCOPE",
     "Adapter",
     "Allocate",
     "Chain",
     "ClsAttention",
     "CompressionConfig",
     "DivPrune",
+    "FastV",
+    "FasterVLM",
     "FeatureNorm",
     "GlobalCom2",
     "Grid",
@@ -49,6 +56,7 @@ __all__ = [
     "ToDRE",
     "TransPrune",
     "UnsupportedModelError",
+    "VisionZip",
     "compress_inputs",
     "estimate",
     "generate",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.budget import Keep, count
 from vtc.methods import Method, ModelFacts, make_method
-from vtc.methods.base import ANY_MODEL
+from vtc.methods.base import ANY_MODEL, keeps_all
 from vtc.methods.stages import steps_of
 from vtc.signals import TOWER_SIGNALS, Text
 from vtc.tokens import Layout, Segment, VisualTokens
@@ -24,7 +24,8 @@ class Selection:
 
     Attributes:
         index: LongTensor [K], kept places, ascending.
-        order: LongTensor [K], the same in the order of picking or of falling score; ``None`` where the method has none.
+        order: LongTensor [K], the same in the order of picking or of falling score; ``None`` where the method has
+            none, with ``keep=1.0``, and where newlines stay unasked.
         features: float [K, d], what stands at the kept places now, where the method merges; else ``None``.
     """
 
@@ -91,7 +92,7 @@ def select(
         raise ValueError(f"{chosen.name} needs the signals {', '.join(missing)} at {step.stage.at}; given: {have}")
     tokens = VisualTokens(flat[None], (layout,), (0,), given, axes, samples=(0,))
     budget = (count(keep, n),) if isinstance(keep, int) else None
-    kept = step.reduce(tokens, budget)
+    kept = step.reduce(tokens, budget, in_order=not keeps_all(step.method))
     index = kept.mask[0].nonzero()[:, 0]
     order = None if kept.order is None else kept.order[0, : kept.chosen[0]]
     values = None

@@ -117,6 +117,7 @@ LATER = {"method": "todre", "options": {"keep": 1.0, "stage2": True}}
         ({"method": "globalcom2"}, "thumbnail"),
         ({"method": "fastv"}, "between the layers"),
         ({"method": "fastervlm"}, "last layer only"),
+        ({"method": "scope"}, "last layer only"),
         ({"method": "visionzip"}, "new values"),
     ],
 )
@@ -210,7 +211,8 @@ def test_a_bad_keep_of_a_request(keep):
 # ------------------------------------------------------------------------------------------------- counts and selection
 
 OURS = [name for name in list_methods() if method_class(name).__module__.startswith("vtc.")]  # tests register others
-PLAIN = [name for name in OURS if name not in ("chain", "transprune", "globalcom2", "fastervlm", "fastv", "visionzip")]
+NOT_PLAIN = ("chain", "transprune", "globalcom2", "fastervlm", "fastv", "scope", "visionzip")
+PLAIN = [name for name in OURS if name not in NOT_PLAIN]
 
 
 SIZES = torch.tensor([(8, 8), (8, 16), (16, 7), (5, 16)])  # height, width

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
 
+import vtc
 from vtc import ops
 from vtc.methods import Method, list_methods, make_method, method_class, register_method
 from vtc.methods.base import Reduction, Stage, image_seed
@@ -28,6 +29,7 @@ from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm
 from vtc.methods.random import Random
 from vtc.methods.registry import _REGISTRY, blind_methods
+from vtc.methods.scope import SCOPE
 from vtc.methods.todre import ToDRE
 from vtc.methods.visionzip import VisionZip
 from vtc.tokens import Layout, Segment, VisualTokens
@@ -42,6 +44,8 @@ METHODS = [
     Random(seed=7),
     Grid(),
     FasterVLM(),
+    SCOPE(),
+    SCOPE(alpha=2.0, combined="add"),
     VisionZip(),
     VisionZip(contextual=4),
 ]
@@ -138,6 +142,16 @@ def test_keep_everything_never_selects(newlines, monkeypatch):
     mask, counts = keep_mask(DivPrune(keep=1.0, newlines=newlines), tokens)
     assert counts == (19, 3)
     assert torch.equal(mask, tokens.mask)
+
+
+@pytest.mark.parametrize("method", NESTED, ids=label)
+def test_select_knows_the_order_of_all(method):
+    tokens = tokens_of([Layout.plain(9)])
+    signals = {"cls": tokens.signals["cls"][0]}
+    found = vtc.select(method, tokens.features[0], keep=9, signals=signals)
+    assert found.index.tolist() == [*range(9)]
+    assert found.order.tolist()[:8] == vtc.select(method, tokens.features[0], keep=8, signals=signals).order.tolist()
+    assert vtc.select(method, tokens.features[0], keep=1.0, signals=signals).order is None
 
 
 def test_unread_entries_of_an_index_do_not_matter():

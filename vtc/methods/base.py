@@ -138,7 +138,7 @@ class Method(ABC):
             stage: one of :meth:`stages`.
             tokens: G images; only those of ``tokens.mask`` may be kept.
             budget: how many to keep of each image, what :meth:`counts` comes to; ``None`` where that is ``None``. Never
-                all tokens of all images: then nobody is asked.
+                all tokens of all images inside a model: then nobody is asked; ``vtc.select`` asks, for the order.
 
         Returns:
             Equal for an image alone and beside any others.

@@ -33,12 +33,13 @@ class Step:
         """Of signals that are not [G, N, ...], the axis of the tokens."""
         return {name: axis for signal in self.stage.needs for name, axis in signal.axes.items()}
 
-    def reduce(self, tokens: VisualTokens, budget: tuple[int, ...] | None = None) -> Kept:
+    def reduce(self, tokens: VisualTokens, budget: tuple[int, ...] | None = None, in_order: bool = False) -> Kept:
         """Let the method decide: the one call that the engine makes.
 
         Args:
             tokens: what is there.
             budget: how many to keep of each image, at most all; default: what the method's counts come to.
+            in_order: ask also where all stay, since somebody wants to know the order; not if the method merges.
 
         Raises:
             ValueError: it returned something else than promised; on CUDA, wrong values of methods that are not vtc's
@@ -46,7 +47,7 @@ class Step:
         """
         if budget is None:
             budget = self.counts(tokens.layouts, tokens.given, tokens.counts)
-        if budget == tokens.counts:
+        if budget == tokens.counts and (self.method.merges or not in_order):
             return Kept(tokens.mask, tokens.counts)
         if self.method.newlines == "keep":
             return self._around_newlines(tokens, budget)

@@ -1,0 +1,107 @@
+"""SCOPE: saliency-coverage oriented token pruning for efficient multimodal LLMs (NeurIPS 2025, arXiv 2510.24214)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import Method, ModelFacts, Reduction, Stage
+from vtc.methods.registry import register_method
+from vtc.ops import first_max
+from vtc.places import Entry
+from vtc.signals import Cls
+from vtc.tokens import VisualTokens
+from vtc.values import number, shown
+
+COMBINED = ("multi", "add")
+UNIT = 2.0**26  # length of a token as integers: a cosine is an integer up to 2**52, and so is every partial sum of it
+STEP = 2.0**-23  # of cosines then, as fine as float32 below one: sums of them are exact, and a token to itself is 1
+ENTRIES = 2**26  # of all matrices of cosines that are made at a time; an image alone may have more
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class SCOPE(Method):
+    """Keep salient tokens that cover the image: greedy facility location, weighed with the CLS row.
+
+    1. Saliency p of a token: what the vision tower's CLS token pays it, in the layer that LLaVA takes its features
+       from, to the power of ``alpha``.
+    2. Cover of a token: the largest cosine to a pick, at least 0.
+    3. Every pick: the token with the highest ``gain * p`` (``combined="multi"``) or ``gain + p`` (``"add"``), where
+       its gain is how much it would add to the cover of all tokens together. The lowest index on ties.
+
+    The released code compares hidden states before the projector (layer -2); here it is the embeddings that enter
+    the language model. It sums CLS attention over heads where this is the mean: that changes nothing with "multi";
+    with "add" p weighs less. It gives every crop of LLaVA-NeXT the same number of tokens and drops newlines; here an
+    image has one budget, and its tokens one cover (``vtc.Allocate`` divides both). It renumbers positions:
+    ``positions="compact"``. Tokens stay in raster order there and here.
+
+    Cosines are rounded to 2**-23 so that their sums are exact: picks do not depend on the batch, and equal gains are
+    equal. A pick takes time as N^2. Memory is two N x N matrices of float64 for each image; images are worked off in
+    parts of up to 1 GiB.
+
+    Attributes:
+        alpha: exponent of the saliency, at least 0; 0: coverage alone (with "multi").
+        combined: "multi" or "add".
+    """
+
+    alpha: float = 1.0
+    combined: str = "multi"
+
+    name: ClassVar[str] = "scope"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = "the exponent of the saliency must be finite and at least 0"
+        alpha = number("alpha", self.alpha, rule)
+        if not 0.0 <= alpha < math.inf:
+            raise ValueError(f"alpha={shown(self.alpha)}: {rule}")
+        object.__setattr__(self, "alpha", alpha)
+        if self.combined not in COMBINED:
+            raise ValueError(f"combined={shown(self.combined)} is none of {', '.join(map(repr, COMBINED))}")
+
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """At the entrance, with the CLS row of the layer before the last."""
+        return (Stage(Entry(), needs=(Cls(layer=-2),)),)
+
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Steps 1 to 3; nested in the budget."""
+        assert budget is not None
+        saliency = tokens.signals["cls"].detach().double().nan_to_num() ** self.alpha
+        n = tokens.mask.shape[1]
+        size = max(1, ENTRIES // max(1, n * n))
+        parts = zip(tokens.features.detach().split(size), saliency.split(size), tokens.mask.split(size), strict=True)
+        return Reduction(torch.cat([self._picks(*part, max(budget)) for part in parts]))
+
+    def _picks(self, features: Tensor, saliency: Tensor, mask: Tensor, k: int) -> Tensor:
+        """The first k picks of every image: LongTensor [G, k], in pick order."""
+        cosines = rounded_cosines(features, mask)
+        cover = torch.zeros_like(saliency)
+        free, rest = mask.clone(), torch.empty_like(cosines)
+        images = torch.arange(len(mask), device=mask.device)
+        picks = []
+        for _ in range(k):
+            covered = torch.maximum(cosines, cover[:, None], out=rest).sum(-1)  # by the picks and one more
+            gain = covered - cover.sum(-1, keepdim=True)
+            value = gain * saliency if self.combined == "multi" else gain + saliency
+            pick = first_max(value.masked_fill(~free, -torch.inf))
+            free.scatter_(1, pick[:, None], False)
+            cover = torch.maximum(cover, cosines[images, pick])
+            picks.append(pick)
+        return torch.stack(picks, 1)
+
+
+def rounded_cosines(features: Tensor, mask: Tensor) -> Tensor:
+    """Float64 [G, N, N]: cosines in multiples of STEP; the same bits in every batch and on every device.
+
+    Zero for padding, and for a row without a direction.
+    """
+    z = features.double()
+    scale = UNIT / torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    usable = torch.isfinite(scale) & (scale > 0) & mask[..., None]
+    z = (z * scale).masked_fill(~usable, 0.0).round_()
+    return (z @ z.mT).mul_(UNIT**-2 / STEP).round_().mul_(STEP)
