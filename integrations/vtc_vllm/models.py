@@ -50,7 +50,7 @@ SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw")
 """What tells an image's layout, among the encoder's arguments."""
 
 
-class Pruned:
+class PrunedModel:
     """What our models share; stands before vLLM's class in the bases."""
 
     rows = 1
@@ -144,7 +144,7 @@ class Pruned:
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
 
-class _WithCls(Pruned):
+class _WithCls(PrunedModel):
     """LLaVA's families: a CLIP tower may give the CLS token's attention."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -174,7 +174,7 @@ class _WithCls(Pruned):
         return super().load_weights(self.vtc_cls.loading(weights, own)) | {f"vtc_cls.{n}" for n in own}  # type: ignore[misc]
 
 
-class _Grids(Pruned):
+class _Grids(PrunedModel):
     """The Qwen-VL families: (time, height, width) by M-RoPE."""
 
     rows = 3

@@ -23,10 +23,10 @@ from vtc_vllm.settings import REQUEST_KEEP, identity, read, refuse_unknown, with
 
 FIELD = "vtc_{}"
 """By modality, the name of what goes to the model beside each image: float64 [3], its keep, whether that counts tokens,
-and :meth:`Pruned.length`."""
+and :meth:`PruningProcessor.length`."""
 
 
-class Pruned:
+class PruningProcessor:
     """What our processors share; stands before vLLM's class in the bases."""
 
     families = ("image",)
@@ -151,7 +151,7 @@ def keeps_of(field: torch.Tensor) -> list[Keep]:
     return [int(keep) if counts else keep for keep, counts, _ in field.reshape(-1, 3).tolist()]
 
 
-class LlavaProcessor(Pruned, LlavaMultiModalProcessor):
+class LlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
     """LLaVA-1.5."""
 
     def length(self, index: int, items: Any) -> int:
@@ -160,7 +160,7 @@ class LlavaProcessor(Pruned, LlavaMultiModalProcessor):
         return self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
 
 
-class LlavaNextProcessor(Pruned, LlavaNextMultiModalProcessor):
+class LlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
     """LLaVA-NeXT."""
 
     length = LlavaProcessor.length
@@ -171,7 +171,7 @@ class LlavaNextProcessor(Pruned, LlavaNextMultiModalProcessor):
         return {"image_sizes": [(size.height, size.width)]}
 
 
-class _Grids(Pruned):
+class _GridsProcessor(PruningProcessor):
     families = ("image", "video")
 
     def arguments(self, modality: str, index: int, items: Any, fields: Any) -> Mapping[str, Any]:
@@ -179,11 +179,11 @@ class _Grids(Pruned):
         return {name: fields[modality][index][name].data[None]}
 
 
-class Qwen2VLProcessor(_Grids, Qwen2VLMultiModalProcessor):
+class Qwen2VLProcessor(_GridsProcessor, Qwen2VLMultiModalProcessor):
     """Qwen2-VL."""
 
 
-class Qwen25VLProcessor(_Grids, Qwen2_5_VLMultiModalProcessor):
+class Qwen25VLProcessor(_GridsProcessor, Qwen2_5_VLMultiModalProcessor):
     """Qwen2.5-VL."""
 
 
@@ -220,7 +220,7 @@ class Qwen3VLMoeInfo(_ImagesOnly, Qwen3VLMoeProcessingInfo):
     """Qwen3-VL with experts."""
 
 
-class Qwen3VLProcessor(_Grids, Qwen3VLMultiModalProcessor):
+class Qwen3VLProcessor(_GridsProcessor, Qwen3VLMultiModalProcessor):
     """Both of them."""
 
     families = ("image",)

@@ -339,6 +339,13 @@ def test_unknown_names_and_options_are_named():
         make_method("divprune", kep=0.5)
 
 
+def test_a_method_of_the_earlier_contract_is_told_what_to_write():
+    members = {"name": "earlier", "select": lambda self, tokens, budget: None}
+    with pytest.raises(TypeError, match=r"Earlier has select, which became reduce.*docs/methods.md"):
+        register_method(dataclasses.dataclass(frozen=True, kw_only=True)(type("Earlier", (Method,), members)))
+    assert "earlier" not in list_methods()
+
+
 def test_a_name_is_taken_once(monkeypatch):
     monkeypatch.setattr("vtc.methods.registry._REGISTRY", dict(_REGISTRY))
     with pytest.raises(ValueError, match="divprune"):

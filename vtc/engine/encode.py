@@ -1,6 +1,6 @@
 """Listen to the image and video encoders: how many features each image got, their layout, their signals.
 
-``generate`` may encode images long before the forward pass that uses them, so what was heard is attached to the
+``generate`` may encode images long before the forward pass that uses them, so what was recorded is attached to the
 encoder's output and travels with it.
 """
 
@@ -27,25 +27,25 @@ _ATTACHED = "_vtc_encoded"
 
 
 class Memory:
-    """What was heard lately, found again by the features themselves: copies of an encoder's output lose attributes.
+    """What was recorded lately, found again by the features themselves: copies of an encoder's output lose attributes.
 
     A copy (accelerate moves outputs between devices, ``tree_map`` rebuilds them) has the same numbers, so a few of them
-    are kept beside what was heard. Looking reads them (a host sync), and happens only where the attribute is gone.
+    are kept beside what was recorded. Looking reads them (a host sync), and happens only where the attribute is gone.
     """
 
     def __init__(self) -> None:
-        self._heard: deque[tuple[str, list[int], Tensor, Encoded]] = deque(maxlen=32)
+        self._recorded: deque[tuple[str, list[int], Tensor, Encoded]] = deque(maxlen=32)
 
     def keep(self, modality: str, output: Any, encoded: Encoded) -> None:
-        """Remember what was heard of an encoder's output."""
+        """Remember what was recorded of an encoder's output."""
         lengths = feature_lengths(output)
         if lengths:
-            self._heard.append((modality, lengths, _fingerprint(output), encoded))
+            self._recorded.append((modality, lengths, _fingerprint(output), encoded))
 
     def find(self, modality: str, output: Any) -> Encoded | None:
-        """What was heard of an output with the same features."""
+        """What was recorded of an output with the same features."""
         lengths = feature_lengths(output)
-        near = [item for item in reversed([*self._heard]) if item[:2] == (modality, lengths)]
+        near = [item for item in reversed([*self._recorded]) if item[:2] == (modality, lengths)]
         if not near:
             return None
         sample = _fingerprint(output)
@@ -82,7 +82,7 @@ def listening(
         block.__exit__(None, None, None)
 
     @between_graphs
-    def hear(output: Any, recorded: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(output: Any, recorded: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = running_call(parts)
         if (lengths := feature_lengths(output)) is None:
             if running is not None:
@@ -110,7 +110,7 @@ def listening(
             output = encode(*args, **kwargs)
         finally:
             end(block)
-        hear(output, recorded, args, kwargs)
+        note(output, recorded, args, kwargs)
         return output
 
     never_alone(call)

@@ -19,7 +19,14 @@ def register_method(cls: M) -> M:
 
     Raises:
         ValueError: the name is taken, not lower case, or missing.
+        TypeError: the class was written for an earlier contract.
     """
+    old = [verb for verb in ("select", "keep_inside") if verb in vars(cls)]
+    if old and getattr(cls, "__abstractmethods__", None):
+        raise TypeError(
+            f"{cls.__name__} has {old[0]}, which became reduce(stage, tokens, budget) -> vtc.Reduction(index); where "
+            "tokens leave and what is needed there is said by stages(model). See docs/methods.md"
+        )
     name = getattr(cls, "name", None)
     if not name or name != name.lower():
         raise ValueError(f"{cls.__name__}.name={shown(name)}: a method needs a lower-case name")
