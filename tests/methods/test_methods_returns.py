@@ -147,6 +147,7 @@ def test_bad_reductions(result: Any, words: list[str]) -> None:
     alive = half(given.mask)
     tokens = dataclasses.replace(given, alive=alive, alive_counts=tuple(alive.sum(1).tolist()), entered=LENGTHS)
     members = {
+        "merges": True,
         "stages": lambda self, model: (Stage(Layer(1)),),
         "counts": lambda self, layouts, stage=None, given=None: None,
         "reduce": lambda self, stage, tokens, budget: result(tokens),
@@ -157,6 +158,13 @@ def test_bad_reductions(result: Any, words: list[str]) -> None:
         with pytest.raises(ValueError, match=r"Own\.reduce") as caught:
             inside_of(used, 0, tokens)
         assert [word for word in words if word not in str(caught.value)] == [], caught.value
+
+
+def test_features_of_a_method_that_does_not_say_so_are_refused() -> None:
+    found = Reduction(first((4, 4)), features=torch.zeros(2, 4, 8))
+    own = method(reduce=lambda self, stage, tokens, budget: found)
+    with pytest.raises(ValueError, match=r"Own\.reduce returned features.*`merges = True` in Own"):
+        entering(own, tokens_of())
 
 
 def test_counts_that_are_not_the_budget_are_refused() -> None:
