@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.gpu.timing import measure
 from vtc.costs import Decoder
+from vtc.feed import Picture
 from vtc.models import resolve
 from vtc.ops.backend import interpreted
 from vtc.profiling.encoder import Encoder
-from vtc.profiling.feed import Picture
-from vtc.profiling.images import feed_of
+from vtc.profiling.feed import feed_of
 
 # ------------------------------------------------------------------------------------------------------------ ceilings
 

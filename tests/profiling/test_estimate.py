@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 import vtc
 from vtc.cli import app
 from vtc.costs import DELTA_CHUNK, Decoder
+from vtc.feed import Picture
 from vtc.models import resolve
 from vtc.profiling.devices import DEVICES, Device
 from vtc.profiling.encoder import Encoder
 from vtc.profiling.estimate import Estimate, estimate
-from vtc.profiling.feed import Picture
-from vtc.profiling.images import feed_of
+from vtc.profiling.feed import feed_of
 from vtc.profiling.towers import tower_of
 
 # ----------------------------------------------------------------------------------------- against torch's FLOP counter

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from vtc.dialect import attention, caches, heads, masks
 from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, HIDDEN, IDS, INSTEAD, MASK, POSITIONS, ROTARY, Spelling
 from vtc.dialect.compilers import uncompiled
+from vtc.dialect.towers import tower_of
 
 _BASE = (IDS, EMBEDS, MASK, CACHE)
 _DECODER = (EMBEDS, MASK, POSITIONS, CACHE)
 _LAYER = (HIDDEN, MASK, ROTARY, CACHE)
-_TOWERS = ("vision_tower", "image_tower", "visual", "vision_model")
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def takes_encoded(base: nn.Module) -> bool:
 
 def vision_tower(base: nn.Module) -> str:
     """The class that encodes images, for messages."""
-    towers = (getattr(base, name, None) for name in _TOWERS)
-    return next((type(tower).__name__ for tower in towers if tower is not None), "unknown")
+    tower = tower_of(base)
+    return "unknown" if tower is None else type(tower).__name__
 
 
 def rotates_in_3d(config: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -42,3 +43,13 @@ class Tower:
         found = self.layers[layer]
         attention = uncompiled(getattr(found, "self_attn", getattr(found, "attention", None)))
         return attention if hasattr(attention, "q_proj") and hasattr(attention, "k_proj") else None
+
+
+TOWERS = ("vision_tower", "image_tower", "visual", "vision_model")
+"""Attributes of a base model that are a vision tower."""
+
+
+def tower_of(base: Any, modality: str = "image") -> nn.Module | None:
+    """The module that encodes images, or videos where that is another one; ``None`` if there is none."""
+    names = ("video_tower", *TOWERS) if modality == "video" else TOWERS
+    return next((tower for name in names if (tower := getattr(base, name, None)) is not None), None)

@@ -20,6 +20,7 @@ from vtc.dialect.heads import Head
 from vtc.dialect.modules import Spellings
 from vtc.dialect.towers import Tower
 from vtc.errors import UnsupportedModelError
+from vtc.feed import Feed, Picture
 from vtc.methods.base import ModelFacts
 from vtc.signals import TOWER_SIGNALS, Signal, TowerSignal
 from vtc.tokens import Layout
@@ -157,6 +158,20 @@ class Adapter:
             signals=frozenset(signal.kind for signal in TOWER_SIGNALS if self.gives(parts, signal())),
             has_thumbnail=self.has_thumbnail,
         )
+
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        """What the family makes of a picture or video, as counts: for estimates, which see no pixels.
+
+        Args:
+            parts: of the model; its weights are not looked at.
+            picture: the size.
+            settings: what a processor may decide, as in ``preprocessor_config.json``; without, it is what the family
+                was published with.
+
+        Raises:
+            ValueError: the processor would refuse the size.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rule for the size of a picture")
 
     def tower(self, base: Any, modality: str) -> Tower | None:
         """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from vtc.models.base import Adapter, register_model, square
+from vtc.feed import Feed, Picture
+from vtc.models import pictures as sizes
+from vtc.models.base import Adapter, Parts, register_model, square
 from vtc.tokens import Layout
 
 
@@ -18,12 +20,15 @@ class Plain(Adapter):
     families = {"mistral3": ("image",)}
 
     def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
-        sizes = arguments.get("image_sizes")
-        if sizes is None:
+        image_sizes = arguments.get("image_sizes")
+        if image_sizes is None:
             return [Layout.plain(n) for n in lengths]
         cell = base.config.vision_config.patch_size * base.config.spatial_merge_size
-        grids = [(int(h) // cell, int(w) // cell) for h, w in torch.as_tensor(sizes).tolist()]
+        grids = [(int(h) // cell, int(w) // cell) for h, w in torch.as_tensor(image_sizes).tolist()]
         return [Layout.plain(n, g if g[0] * g[1] == n else None) for n, g in zip(lengths, grids, strict=True)]
+
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        return sizes.pixtral(parts, picture, settings)
 
 
 @register_model
@@ -37,6 +42,25 @@ class Tiles(Adapter):
         each = base.image_seq_len
         return [Layout.plain(each, square(each)) for _ in range(sum(lengths) // each)]
 
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
+
+        side = sizes.side(parts) // parts.config.scale_factor
+        tile = settings.get("max_image_size", {}).get("longest_edge", sizes.one(parts.config.vision_config.image_size))
+        if not settings.get("do_image_splitting", True):
+            return sizes.squares(parts, picture, 1, side**2, "one picture", lengths=(side**2,))
+        longest = settings.get("size", {}).get("longest_edge", 4 * tile)
+        blank: Any = torch.empty(3, picture.height, picture.width, device="meta")
+        height, width = get_resize_output_image_size(blank, longest)
+        across, down = -(-width // tile), -(-height // tile)
+        if width >= height:  # the longer side goes up to whole tiles first, the other follows
+            down = -(-int(across * tile / (width / height)) // tile)
+        else:
+            across = -(-int(down * tile * (width / height)) // tile)
+        count = across * down + 1 if across * down > 1 else 1
+        words = f"{across}x{down} tiles and a thumbnail" if count > 1 else "one picture"
+        return sizes.squares(parts, picture, count, side**2, words, lengths=(count * side**2,))
+
 
 @register_model
 class PrefixLM(Adapter):
@@ -44,6 +68,11 @@ class PrefixLM(Adapter):
 
     families = {"gemma3": ("image",), "paligemma": ("image",)}
     notes = "image tokens attend in both directions; kept ones still do"
+
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        side = sizes.side(parts)
+        each = parts.config.mm_tokens_per_image if parts.config.model_type == "gemma3" else side**2
+        return sizes.squares(parts, picture, 1, each, "one picture")
 
 
 @register_model
@@ -54,3 +83,19 @@ class Gemma4(PrefixLM):
 
     def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         return [Layout.plain(n) for n in lengths]
+
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+
+        vision = parts.config.vision_config
+        pool, patch = vision.pooling_kernel_size, vision.patch_size
+        most = settings.get("max_soft_tokens", 280) * pool**2
+        height, width = get_aspect_ratio_preserving_size(picture.height, picture.width, patch, most, pool)
+        rows, columns = height // (patch * pool), width // (patch * pool)
+        return Feed(
+            sequences=(most,),  # the processor pads to it, and the tower runs on padding too
+            patches=most,
+            projected=rows * columns,
+            lengths=(rows * columns,),
+            words=f"resized to {width}x{height}: {columns}x{rows} tokens",
+        )

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from vtc.dialect.towers import Tower
+from vtc.feed import Feed, Picture
 from vtc.models import clip
-from vtc.models.base import Adapter, register_model, square
+from vtc.models import pictures as sizes
+from vtc.models.base import Adapter, Parts, register_model, square
 from vtc.tokens import Kind, Layout, Segment
 
 
@@ -45,3 +47,15 @@ class InternVL(Adapter):
         shuffled = base.pixel_shuffle(channels.reshape(-1, *side, 1), scale_factor=base.config.downsample_ratio)
         tokens = shuffled.mean(-1).flatten(1).unflatten(0, (len(values), -1)).movedim(1, -1)
         return list(tokens if values.dim() > 2 else tokens[..., 0])
+
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+        size = sizes.one(parts.config.vision_config.image_size)
+        bounds = settings.get("min_patches", 1), settings.get("max_patches", 12)
+        columns, rows = get_optimal_tiled_canvas((picture.height, picture.width), (size, size), *bounds)
+        tiles = columns * rows
+        count = tiles + (tiles > 1)
+        each = int(sizes.side(parts) * parts.config.downsample_ratio) ** 2
+        words = f"{columns}x{rows} tiles and a thumbnail" if tiles > 1 else "one tile"
+        return sizes.squares(parts, picture, count, each, words)

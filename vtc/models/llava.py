@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.dialect.towers import Tower
+from vtc.feed import Feed, Picture
 from vtc.models import clip
-from vtc.models.base import Adapter, register_model, square
+from vtc.models import pictures as sizes
+from vtc.models.base import Adapter, Parts, register_model, square
 from vtc.tokens import Layout, Segment
 
 
@@ -38,6 +41,11 @@ class Llava(Adapter):
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
         return clip.one_to_one(values, layouts)
+
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        if parts.config.vision_config.model_type == "pixtral":
+            return sizes.pixtral(parts, picture, settings)
+        return sizes.squares(parts, picture, 1, sizes.features(parts, picture), "one picture")
 
 
 class _AnyRes(Adapter):
@@ -136,6 +144,45 @@ class _AnyRes(Adapter):
         packed = self._pack(base, pictures, arguments)
         return [scores[:, 0] for scores in packed] if flat else packed
 
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        config, base = parts.config, parts.base
+        if picture.frames is not None:
+            return self._video_feed(parts, picture)
+        size = sizes.one(config.vision_config.image_size)
+        shape = torch.tensor([[picture.height, picture.width]])
+        module = sys.modules[type(base).__module__]
+        count = module.image_size_to_num_patches(shape[0], config.image_grid_pinpoints, size)
+        each = sizes.features(parts, picture)
+        blank = torch.zeros(count, each, 1)
+        options = {n: getattr(config, n, None) for n in ("vision_feature_select_strategy", "vision_aspect_ratio")}
+        known = inspect.signature(base.pack_image_features).parameters
+        packed, _ = base.pack_image_features(
+            [blank], shape, image_newline=blank.new_zeros(1), **{n: v for n, v in options.items() if n in known}
+        )
+        return sizes.squares(
+            parts,
+            picture,
+            count,
+            each,
+            f"a thumbnail and {count - 1} crops" if count > 1 else "one picture",
+            lengths=(len(packed[0]),),
+            arguments={"image_sizes": shape},
+        )
+
+    def _video_feed(self, parts: Parts, picture: Picture) -> Feed:
+        """Frames, pooled to half the side; LLaVA-NeXT-Video pools before the projector, OneVision behind it."""
+        frames, arguments = picture.frames or 1, sizes.frames(picture)
+        if parts.config.model_type == "llava_next_video":
+            pooled = (sizes.side(parts) // parts.config.spatial_pool_stride) ** 2
+            return sizes.squares(
+                parts, picture, frames, pooled, "frames", lengths=(frames * pooled,), arguments=arguments
+            )
+        pooled = (-(-sizes.side(parts) // 2)) ** 2
+        lengths = (frames * pooled,)  # the adapter adds the newline
+        return sizes.squares(
+            parts, picture, frames, sizes.side(parts) ** 2, "frames", lengths=lengths, arguments=arguments
+        )
+
 
 def _trace(pictures: int, patches: int, mosaic: tuple[int, int]) -> Tensor:
     """What to send along to see where patches go: [pictures, patches, 3], 1 and the row and column of the crop."""
@@ -231,3 +278,9 @@ class VideoLlava(Adapter):
         frames = len(layouts[0].segments)
         values = clip.in_front(values, layouts[0].length // frames - values.shape[1])
         return list(values.reshape(len(layouts), -1, *values.shape[2:]))
+
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        if picture.frames is None:
+            return sizes.squares(parts, picture, 1, sizes.features(parts, picture), "one picture")
+        every = sizes.side(parts) ** 2 + sizes.has_cls(parts, picture)  # of a frame, CLS stays
+        return sizes.squares(parts, picture, picture.frames, every, "frames", arguments=sizes.frames(picture))

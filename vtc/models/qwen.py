@@ -7,8 +7,18 @@ from typing import Any
 
 import torch
 
-from vtc.models.base import Adapter, register_model
+from vtc.feed import Feed, Picture
+from vtc.models.base import Adapter, Parts, register_model
 from vtc.tokens import Kind, Layout, Segment
+
+_PIXELS = {  # (fewest, most) pixels of an image, and of a video; as published with the checkpoints
+    "qwen2_vl": ((3136, 12845056), (128 * 28**2, 768 * 28**2)),
+    "qwen2_5_vl": ((3136, 12845056), (128 * 28**2, 768 * 28**2)),
+    "qwen3_vl": ((65536, 16777216), (4096, 25165824)),
+    "qwen3_vl_moe": ((65536, 16777216), (4096, 25165824)),
+    "qwen3_5": ((65536, 16777216), (4096, 25165824)),
+    "glm46v": ((112**2, 15000 * 28**2), (112**2, 60000 * 28**2)),
+}
 
 
 @register_model
@@ -41,6 +51,41 @@ class Grids(Adapter):
             for t, rows, columns in sizes
         ]
 
+    def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
+        from transformers.models.glm46v.image_processing_pil_glm46v import smart_resize as resize_video
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as resize_image
+
+        family, vision = parts.config.model_type, parts.config.vision_config
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        pair = vision.temporal_patch_size
+        size = settings.get("size") or {}
+        fewest, most = _PIXELS[family][picture.frames is not None]
+        fewest = settings.get("min_pixels") or size.get("shortest_edge") or fewest
+        most = settings.get("max_pixels") or size.get("longest_edge") or most
+        bounds = {"factor": patch * merge, "min_pixels": fewest, "max_pixels": most}
+        shape = {"height": picture.height, "width": picture.width}
+        if family == "glm46v" or (picture.frames is not None and family not in ("qwen2_vl", "qwen2_5_vl")):
+            # a bound on the pixels of all frames together; an image counts as one pair of frames
+            frames = max(picture.frames or pair, pair)
+            height, width = resize_video(num_frames=frames, temporal_factor=pair, **shape, **bounds)
+        else:
+            height, width = resize_image(**shape, **bounds)
+        times = -(-(picture.frames or 1) // pair)
+        rows, columns = height // patch, width // patch
+        tokens = rows * columns // merge**2
+        words = f"resized to {width}x{height}: {columns // merge}x{rows // merge} tokens"
+        if picture.frames is not None:
+            words += f", {times} times ({pair} frames each)"
+        return Feed(
+            sequences=(rows * columns,) * times,
+            patches=times * rows * columns,
+            projected=times * tokens,
+            lengths=(times * tokens,),
+            words=words,
+            windows=_windows(vision, rows // merge, columns // merge, merge, times),
+            arguments={f"{picture.modality}_grid_thw": [[times, rows, columns]]},
+        )
+
 
 @register_model
 class GlmV(Grids):
@@ -50,3 +95,21 @@ class GlmV(Grids):
 
     def placeholders(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id, "video": config.image_token_id}
+
+
+def _windows(vision: Any, rows: int, columns: int, merge: int, times: int) -> tuple[tuple[int, int], ...]:
+    """Qwen2.5-VL's windows over the merged grid; those at the far edges are what is left."""
+    if not hasattr(vision, "window_size"):
+        return ()
+    side = vision.window_size // (merge * vision.patch_size)
+    counts: dict[int, int] = {}
+    for height in _pieces(rows, side):
+        for width in _pieces(columns, side):
+            size = height * width * merge**2
+            counts[size] = counts.get(size, 0) + times
+    return tuple(counts.items())
+
+
+def _pieces(length: int, side: int) -> list[int]:
+    whole, rest = divmod(length, side)
+    return [side] * whole + [rest] * bool(rest)

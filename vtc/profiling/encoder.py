@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from vtc.costs import Cost, Matrices, attention_of, matrices_of, named_matrices, width_of
+from vtc.dialect.towers import TOWERS
+from vtc.feed import Feed
 from vtc.models import Parts
-from vtc.profiling.feed import Feed
-from vtc.profiling.towers import TOWERS, tower_of
+from vtc.profiling.towers import tower_of
 
 _ASIDE = {*TOWERS, "video_tower", "audio_tower", "embed_audio"}
 """Modules beside the language model that are no projector."""

@@ -21,6 +21,7 @@ from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.costs import Decoder
 from vtc.dialect.modules import without_adapters
+from vtc.feed import Feed, Picture
 from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts, resolve
@@ -29,8 +30,7 @@ from vtc.places import Layer
 from vtc.profiling.configs import config_of, settings_beside
 from vtc.profiling.devices import Device, device_of
 from vtc.profiling.encoder import Encoder
-from vtc.profiling.feed import Feed, Picture
-from vtc.profiling.images import feed_of
+from vtc.profiling.feed import feed_of
 from vtc.profiling.savings import PromptCost, Savings
 from vtc.profiling.towers import tower_of
 from vtc.profiling.verdict import assumptions, verdict

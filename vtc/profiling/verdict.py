@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from vtc.feed import Picture
 from vtc.methods import Method
-from vtc.profiling.feed import Picture
 from vtc.profiling.savings import Savings
 
 

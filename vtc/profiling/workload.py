@@ -2,7 +2,7 @@
 
 Latency does not depend on what a picture shows or what weights have learned, so neither a processor nor a checkpoint is
 needed. Where there is a processor, it cuts the picture; else what enters has the shapes that it would produce, by the
-rules of :mod:`vtc.profiling.images`.
+rule of the family's adapter (:meth:`vtc.models.Adapter.feed`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.feed import Feed, Picture
 from vtc.models import Parts, resolve
 from vtc.profiling.configs import config_of
-from vtc.profiling.feed import Feed, Picture
-from vtc.profiling.images import feed_of
+from vtc.profiling.feed import feed_of
 
 TILED = {"llava", "vipllava", "gemma3", "paligemma", "internvl", "llava_next", "llava_next_video", "llava_onevision"}
 """Families whose pictures enter the tower as one or several of its own size."""
