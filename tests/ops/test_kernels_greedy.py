@@ -340,7 +340,7 @@ def similarities(x: Tensor) -> Tensor:
     """The matrix that the loop reads."""
     n, launches = x.shape[1], launches_of(x)
     matrix = torch.full((x.shape[0], launches.tiles * 128, launches.tiles * 128), math.nan, device=x.device)
-    launches._gram(launches._digits(), matrix)
+    launches._gram(launches._planes(), matrix)
     return matrix[:, :n, :n]
 
 
@@ -381,7 +381,7 @@ def test_length_is_the_same_in_every_order():
 
     def scales(rows: Tensor) -> Tensor:
         launches = launches_of(rows.contiguous())
-        launches._digits(keep=False)
+        launches._digits(None)
         return launches.scale
 
     assert torch.equal(scales(x), scales(x[..., order]))
