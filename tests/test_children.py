@@ -67,6 +67,12 @@ def stage(tmp_path):
     return tmp_path
 
 
+def hear_signals():
+    """Undo what `nohup` or a script's `&` around these tests has children ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running(stage, *arguments, END="0"):
     """Python with these arguments, in a process group of its own, of which nothing is left in the end."""
@@ -78,7 +84,12 @@ def running(stage, *arguments, END="0"):
     }
     with (stage / "errors").open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, *arguments], env=environment, start_new_session=True, stdout=errors, stderr=errors
+            [sys.executable, *arguments],
+            env=environment,
+            start_new_session=True,
+            preexec_fn=hear_signals,
+            stdout=errors,
+            stderr=errors,
         )
         try:
             yield process
