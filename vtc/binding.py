@@ -13,7 +13,7 @@ from vtc.engine.probe import unfit_for, unfit_tower
 from vtc.handle import patch_of
 from vtc.methods import Method, make_method
 from vtc.methods.registry import blind_methods
-from vtc.methods.stages import Step, steps_of
+from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts, UnsupportedModelError
 from vtc.places import Projector, Tower
 from vtc.values import shown
@@ -47,13 +47,14 @@ def bind(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Meth
     facts = adapter.facts(parts)
     method = method.settle(facts)
     method.check(facts)
-    steps = steps_of(method, facts)
-    for step in steps:
+    chooser = Chooser(adapter, parts, method, facts)
+    inside = chooser.inside
+    for step in (*chooser.steps, *inside):
         _refuse_missing(adapter, parts, step)
-    inside = [step for step in steps if not step.stage.at.before_the_model]
-    if (reason := unfit_tower(adapter, parts, Chooser(adapter, parts, method, facts).recorded)) is not None:
-        work = method.remedy or "methods that need no such signal: " + ", ".join(blind_methods())
-        raise UnsupportedModelError(f"method {method.name!r} reads the vision tower, and {reason}. What works: {work}")
+    if (reason := unfit_tower(adapter, parts, chooser.recorded)) is not None:
+        raise UnsupportedModelError(
+            f"method {method.name!r} reads the vision tower, and {reason}. What works: {_remedy(method)}"
+        )
     if positions == "compact" and parts.rotates_in_3d:
         raise ValueError(
             f"positions='compact' has no meaning for the (time, height, width) positions of this {name}; "
@@ -93,7 +94,7 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
     missing = [signal.key for signal in needs_of(step) if not adapter.gives(parts, signal)]
     if not missing:
         return
-    method, work = step.method, step.method.remedy
+    method = step.method
     what = (
         f"acts in front of the projector ({at})"
         if isinstance(at, Projector)
@@ -101,5 +102,9 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
     )
     raise ValueError(
         f"method {method.name!r} {what}, which this {name} cannot give (its vision tower is {parts.vision_tower}). "
-        f"What would work: {work or 'methods that need no such signal: ' + ', '.join(blind_methods())}"
+        f"What would work: {_remedy(method)}"
     )
+
+
+def _remedy(method: Method) -> str:
+    return method.remedy or "methods that need no such signal: " + ", ".join(blind_methods())

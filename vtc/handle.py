@@ -14,6 +14,7 @@ from vtc.config import CompressionConfig
 from vtc.costs import Decoder
 from vtc.dialect.modules import without_adapters
 from vtc.engine.entry import EntryStage
+from vtc.engine.locate import by_row
 from vtc.methods import Method
 from vtc.report import Report
 from vtc.tokens import Layout
@@ -108,9 +109,7 @@ class Patch:
         """
         if (last := self.stage.last) is None:
             raise ValueError("nothing to report: run a prompt with an image through the patched model first")
-        given = [0] * len(last.lengths)
-        for image, seen in zip(last.plan.images, last.plan.given, strict=True):
-            given[image.row] += seen
+        given = by_row(last.plan.images, last.plan.given, len(last.lengths))
         kept = last.kept()
         stages = [(after, [sum(map(len, images)) for images in samples]) for after, samples in kept]
         report = Report.of(Decoder.of(self.stage.parts.decoder), last.lengths, given, stages)

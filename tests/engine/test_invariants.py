@@ -363,7 +363,7 @@ def blind_to_padding(self: vtc.DivPrune, stage: Any, tokens: Any, budget: tuple[
 
 BATCH_LEAKS: list[tuple[Any, str, Any, vtc.Method]] = [
     (vtc.Random, "reduce", one_generator_for_all, vtc.Random(keep=0.4)),
-    (choosing, "_ordinals", numbered_in_the_batch, vtc.Random(keep=0.4)),
+    (choosing, "ordinals", numbered_in_the_batch, vtc.Random(keep=0.4)),
     (vtc.DivPrune, "reduce", relative_to_the_batch, vtc.DivPrune(keep=0.4)),
     (vtc.DivPrune, "reduce", blind_to_padding, vtc.DivPrune(keep=0.4)),
 ]

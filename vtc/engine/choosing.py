@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Call
-from vtc.engine.locate import Located, locate
-from vtc.engine.plan import Merged, Plan
+from vtc.engine.locate import Located, by_row, locate, ordinals
+from vtc.engine.plan import Merged, Plan, check_no_gradient, columns_of
 from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import Kept, Step, steps_of
 from vtc.models import Adapter, Parts
@@ -144,7 +144,7 @@ def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor,
     """
     features = embeds.detach().flatten(0, 1)[flat.clamp(max=embeds.shape[0] * embeds.shape[1] - 1)]
     tokens = VisualTokens(
-        features, tuple(i.layout for i in images), _ordinals(images), samples=tuple(i.row for i in images)
+        features, tuple(i.layout for i in images), ordinals(images), samples=tuple(i.row for i in images)
     )
     merged, order = None, None
     entered: dict[int, tuple[int, ...]] = {}
@@ -154,11 +154,7 @@ def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor,
         given = entered.setdefault(id(step.method), tokens.counts)
         kept = step.reduce(replace(tokens, features=values, signals=signals, axes=step.axes, entered=given))
         if kept.features is not None:
-            if embeds.requires_grad and torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"{step.method.name} merges tokens, and no gradient flows through that; run it under "
-                    "torch.no_grad(), or train with a method that only drops tokens"
-                )
+            check_no_gradient(step.method.name, embeds)
             merged = chooser.merged(step, kept, tokens, merged)
             tokens = replace(tokens, features=merged.features, size=merged.size)
         order = None if kept.order is None else [row[:k] for row, k in zip(kept.order, kept.chosen, strict=True)]
@@ -166,22 +162,14 @@ def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor,
     return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, entered)
 
 
-def _ordinals(images: list[Located]) -> tuple[int, ...]:
-    rows = [image.row for image in images]
-    return tuple(rows[:g].count(row) for g, row in enumerate(rows))
-
-
 def compaction(plan: Plan, running: Call, shape: torch.Size) -> Compaction:
     """From the plan to the columns that stay in each row: text, kept visual tokens, no padding."""
     batch, width = shape
-    device = plan.keep.device
-    gone = torch.zeros(batch * width + 1, dtype=torch.bool, device=device)
-    gone = gone.scatter(0, plan.flat.flatten(), ~plan.keep.flatten())[:-1].view(batch, width)
+    gone = columns_of(~plan.keep, plan.flat, batch, width)
     real = None if running.mask is None else running.mask[:, -width:].bool()
-    keep = ~gone if real is None else ~gone & real.to(device)
-    dropped = [0] * batch
-    for image, given, count in zip(plan.images, plan.given, plan.counts, strict=True):
-        dropped[image.row] += given - count
+    keep = ~gone if real is None else ~gone & real.to(gone.device)
+    left = [given - count for given, count in zip(plan.given, plan.counts, strict=True)]
+    dropped = by_row(plan.images, left, batch)
     lengths = [width] * batch if real is None else running.lengths
     assert lengths is not None
     return Compaction.of(keep, [n - d for n, d in zip(lengths, dropped, strict=True)], dropped, running.pad_right)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vtc.engine.compaction import Compaction, StageResult
-from vtc.engine.plan import Plan
+from vtc.engine.locate import by_row, ordinals
+from vtc.engine.plan import Plan, columns_of, written_into
 from vtc.methods.stages import Kept, Step
 from vtc.signals import DecoderSignal
 from vtc.tokens import VisualTokens
@@ -107,10 +108,7 @@ class LayerState:
 
     def seen_by_row(self) -> list[int]:
         """Visual tokens in each row."""
-        rows = [0] * len(self.counts)
-        for image, count in zip(self.plan.images, self.alive_counts, strict=True):
-            rows[image.row] += count
-        return rows
+        return by_row(self.plan.images, self.alive_counts, len(self.counts))
 
     def _locate(self) -> None:
         """Set ``where``: anything past the flattened sequence [B * M] is gone; and ``visual``."""
@@ -148,7 +146,6 @@ class LayerState:
     def tokens(self, step: Step, hidden: Tensor) -> VisualTokens:
         """What a method sees at one of its stages."""
         flat = hidden.detach().flatten(0, 1)
-        rows = [image.row for image in self.plan.images]
         gone = ~self.alive
         signals = {}
         for signal in step.stage.needs:
@@ -159,10 +156,10 @@ class LayerState:
         return VisualTokens(
             flat[self.where.clamp(max=len(flat) - 1)],
             tuple(image.layout for image in self.plan.images),
-            tuple(rows[:g].count(row) for g, row in enumerate(rows)),
+            ordinals(self.plan.images),
             signals,
             step.axes,
-            tuple(rows),
+            tuple(image.row for image in self.plan.images),
             self.alive,
             self.alive_counts,
             self.entered_counts.setdefault(id(step.method), self.alive_counts),
@@ -173,23 +170,17 @@ class LayerState:
         """Hidden states [B, M, d] with the new values of a step written in."""
         if kept.features is None or kept.written is None:
             return hidden
-        batch, length = self.index.shape
-        place = self.where.masked_fill(~kept.written, batch * length)
-        rows = torch.cat([hidden.flatten(0, 1), hidden.new_zeros(1, hidden.shape[2])])
-        rows = rows.index_copy(0, place.flatten(), kept.features.flatten(0, 1).to(rows.dtype))
         if kept.size is not None:
             size = torch.ones_like(kept.size) if self.size is None else self.size
             self.size = torch.where(kept.written, kept.size, size)
-        return rows[:-1].view_as(hidden)
+        return written_into(hidden, self.where, kept.written, kept.features)
 
     def drop(self, keep: Tensor, kept: tuple[int, ...], hidden: Tensor) -> tuple[bool, Tensor]:
         """Forget what the method did not keep; whether that left holes, and hidden states [B, M, d] without it."""
         batch, length = self.index.shape
-        gone = torch.zeros(batch * length + 1, dtype=torch.bool, device=self.index.device)
-        gone = gone.scatter(0, self.where.flatten(), ~keep.flatten())[:-1].view(batch, length)
-        dropped = [0] * batch
-        for image, before, after in zip(self.plan.images, self.alive_counts, kept, strict=True):
-            dropped[image.row] += before - after
+        gone = columns_of(~keep, self.where, batch, length)
+        left = [before - after for before, after in zip(self.alive_counts, kept, strict=True)]
+        dropped = by_row(self.plan.images, left, batch)
         counts = [n - d for n, d in zip(self.counts, dropped, strict=True)]
         compact = Compaction.of(self.valid & ~gone, counts, dropped, self.pad_right)
         hidden, self.index, self.relative = compact.sequences(hidden, self.index, self.relative)

@@ -25,6 +25,7 @@ from vtc.engine.compaction import Columns, StageResult
 from vtc.engine.context import Call, running_call
 from vtc.engine.inside import LayerState
 from vtc.engine.lengths import adopt, slot_map, stage_of
+from vtc.engine.plan import check_no_gradient
 from vtc.engine.probe import recipes
 from vtc.engine.rows import AttentionRows
 from vtc.methods.returns import check_scores
@@ -149,11 +150,8 @@ class LayerStages:
         step = self.steps[inside.stages_done]
         kept = step.reduce(inside.tokens(step, call.hidden))
         merged = inside.merge(kept, call.hidden)
-        if merged is not call.hidden and call.hidden.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"{step.method.name} merges tokens, and no gradient flows through that; run it under torch.no_grad(), "
-                "or train with a method that only drops tokens"
-            )
+        if merged is not call.hidden:
+            check_no_gradient(step.method.name, call.hidden)
         cache = call[CACHE]
         inside.past, inside.head = self.stored(index, running, cache)
         holes, hidden = inside.drop(kept.mask, kept.counts, merged)

@@ -52,6 +52,20 @@ class Located:
     sources: tuple[int, ...]
 
 
+def ordinals(images: Sequence[Located]) -> tuple[int, ...]:
+    """Of each image its number inside its sample."""
+    rows = [image.row for image in images]
+    return tuple(rows[:g].count(row) for g, row in enumerate(rows))
+
+
+def by_row(images: Sequence[Located], numbers: Sequence[int], batch: int) -> list[int]:
+    """Of numbers of images the sums of the samples."""
+    sums = [0] * batch
+    for image, number in zip(images, numbers, strict=True):
+        sums[image.row] += number
+    return sums
+
+
 def locate(placeholders: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> list[Located]:
     """Find the images of a batch.
 

@@ -11,6 +11,35 @@ from vtc.engine.compaction import Compaction, StageResult
 from vtc.engine.locate import Located
 
 
+def columns_of(tokens: Tensor, place: Tensor, batch: int, length: int) -> Tensor:
+    """Bool [batch, length] at the columns of bool [G, N] tokens; LongTensor ``place`` [G, N] says where each sits.
+
+    Places count in the flattened sequence; its end stands for none.
+    """
+    columns = torch.zeros(batch * length + 1, dtype=torch.bool, device=tokens.device)
+    return columns.scatter(0, place.flatten(), tokens.flatten())[:-1].view(batch, length)
+
+
+def written_into(sequence: Tensor, place: Tensor, written: Tensor, values: Tensor) -> Tensor:
+    """A sequence [B, L, d] with values [G, N, d] where bool [G, N] ``written`` says so; ``place`` as above."""
+    rows = torch.cat([sequence.flatten(0, 1), sequence.new_zeros(1, sequence.shape[2])])
+    place = place.masked_fill(~written, len(rows) - 1).flatten()
+    return rows.index_copy(0, place, values.flatten(0, 1).to(rows.dtype))[:-1].view_as(sequence)
+
+
+def check_no_gradient(name: str, sequence: Tensor) -> None:
+    """Refuse to merge where somebody trains.
+
+    Raises:
+        NotImplementedError: a gradient is wanted, and would be lost.
+    """
+    if sequence.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name} merges tokens, and no gradient flows through that; run it under torch.no_grad(), or train with a "
+            "method that only drops tokens"
+        )
+
+
 @dataclass(frozen=True)
 class Merged:
     """New values of visual tokens, in the embedding space of the language model.
@@ -27,10 +56,7 @@ class Merged:
 
     def into(self, embeds: Tensor, flat: Tensor) -> Tensor:
         """Write them into embeddings [B, L, d]; LongTensor ``flat`` [G, N] says where each token sits."""
-        end = embeds.shape[0] * embeds.shape[1]
-        rows = torch.cat([embeds.flatten(0, 1), embeds.new_zeros(1, embeds.shape[2])])
-        place = flat.masked_fill(~self.written, end).flatten()
-        return rows.index_copy(0, place, self.features.flatten(0, 1).to(rows.dtype))[:-1].view_as(embeds)
+        return written_into(embeds, flat, self.written, self.features)
 
 
 @dataclass(frozen=True)

@@ -235,15 +235,20 @@ def keeps_all(method: Method) -> bool:
 
 def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:
     """Bool [G, n], True at the first ``budget[g]`` entries of row g of LongTensor ``picks`` [G, K]."""
+    return marked(read_of(picks, budget, n), n)
+
+
+def read_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:
+    """LongTensor [G, K]: the first ``budget[g]`` entries of row g of ``picks``, then ``n``, which stands for none."""
     picks = picks[:, : max([0, *budget])]
     unread = torch.arange(picks.shape[1], device=picks.device) >= column(budget, picks.device)
-    return marked(picks.masked_fill(unread, -1), n)
+    return picks.masked_fill(unread, n)
 
 
 def marked(index: Tensor, n: int) -> Tensor:
-    """Bool [G, n], True at the entries of LongTensor ``index`` [G, K]; -1 stands for none."""
-    mask = torch.zeros(index.shape[0], n + 1, dtype=torch.bool, device=index.device)  # the last column takes the -1
-    return mask.scatter(1, index.masked_fill(index < 0, n), True)[:, :n]
+    """Bool [G, n], True at the entries of LongTensor ``index`` [G, K]; ``n`` stands for none."""
+    mask = torch.zeros(index.shape[0], n + 1, dtype=torch.bool, device=index.device)  # the last column takes the n
+    return mask.scatter(1, index, True)[:, :n]
 
 
 def highest(scores: Tensor, k: int) -> Tensor:

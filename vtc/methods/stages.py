@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vtc.methods.base import Method, ModelFacts, Reduction, Stage, first_of, keeps_all
+from vtc.methods.base import Method, ModelFacts, Reduction, Stage, keeps_all, marked, read_of
 from vtc.methods.returns import check_counts, check_reduction, check_stages
-from vtc.tokens import Layout, VisualTokens, column
+from vtc.tokens import Layout, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,9 @@ class Kept:
         """From a reduction that was looked at."""
         counts, n = found.counts, tokens.features.shape[1]
         assert counts is not None
-        mask = first_of(found.index, counts, n)
         order = found.index[:, : max([0, *counts])]
-        place = order.masked_fill(torch.arange(order.shape[1], device=order.device) >= column(counts, order.device), n)
-        width = order.shape[1]
+        place, width = read_of(order, counts, n), order.shape[1]
+        mask = marked(place, n)
         features = None if found.features is None else _spread(found.features[:, :width], place, n)
         size = None if found.size is None else _spread(found.size[:, :width], place, n)
         written = None if features is None else mask
