@@ -11,15 +11,14 @@ from torch import Tensor
 
 from vtc.methods.base import Method, ModelFacts, Reduction, Stage
 from vtc.methods.registry import register_method
-from vtc.ops import first_max
+from vtc.ops import cosines, first_max
 from vtc.places import Entry
 from vtc.signals import Cls
 from vtc.tokens import VisualTokens
 from vtc.values import number, shown
 
 COMBINED = ("multi", "add")
-UNIT = 2.0**26  # length of a token as integers: a cosine is an integer up to 2**52, and so is every partial sum of it
-STEP = 2.0**-23  # of cosines then, as fine as float32 below one: sums of them are exact, and a token to itself is 1
+STEP = 2.0**-23  # of cosines, as fine as float32 below one: sums of them are exact, and a token to itself is 1
 ENTRIES = 2**26  # of all matrices of cosines that are made at a time; an image alone may have more
 
 
@@ -96,12 +95,5 @@ class SCOPE(Method):
 
 
 def rounded_cosines(features: Tensor, mask: Tensor) -> Tensor:
-    """Float64 [G, N, N]: cosines in multiples of STEP; the same bits in every batch and on every device.
-
-    Zero for padding, and for a row without a direction.
-    """
-    z = features.double()
-    scale = UNIT / torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    usable = torch.isfinite(scale) & (scale > 0) & mask[..., None]
-    z = (z * scale).masked_fill(~usable, 0.0).round_()
-    return (z @ z.mT).mul_(UNIT**-2 / STEP).round_().mul_(STEP)
+    """Float64 [G, N, N]: cosines in multiples of STEP. Zero for padding, and for a row without a direction."""
+    return cosines(features.masked_fill(~mask[..., None], 0.0)).div_(STEP).round_().mul_(STEP)

@@ -9,6 +9,7 @@ import torch
 
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage, first_of, highest
 from vtc.methods.registry import register_method
+from vtc.ops import cosines, gathered, nearest
 from vtc.places import Projector
 from vtc.signals import Cls, TowerKeys
 from vtc.tokens import VisualTokens, column
@@ -67,15 +68,12 @@ class VisionZip(Method):
         target = others & (rank % step == 0) & (rank < step * column(merged, scores.device))
         found = Reduction.of_mask(keeps | target, budget)
         at = Reduction.of_mask(target, merged).index  # [G, C]
-        x, key = tokens.features.double(), torch.nn.functional.normalize(tokens.signals["keys"].double(), dim=-1)
-        like = key @ key.gather(1, at[..., None].expand(-1, -1, key.shape[-1])).mT
+        keys, x = tokens.signals["keys"], tokens.features.double()
         there = torch.arange(at.shape[1], device=at.device) < column(merged, at.device)
-        like = like.masked_fill(~there[:, None], -torch.inf)
-        member = (others & ~target)[..., None] & (like == like.amax(-1, keepdim=True))
-        member = member & (member.cumsum(-1) == 1)  # the first of equals
-        size = member.sum(1)
-        mean = (member.double().mT @ x.nan_to_num()) / size.clamp(min=1)[..., None]
-        values = x.scatter_add(1, at[..., None].expand_as(mean), mean * there[..., None])
-        sizes = torch.ones_like(scores).scatter_add(1, at, (size * there).float())
+        like = cosines(keys, keys.gather(1, at[..., None].expand(-1, -1, keys.shape[-1])))
+        total, joined = gathered(x, nearest(like, others & ~target, there), at.shape[1])
+        mean = total / joined.clamp(min=1)[..., None]
+        values = x.scatter_add(1, at[..., None].expand_as(mean), mean)
+        sizes = torch.ones_like(scores).scatter_add(1, at, joined.float())
         rows = found.index[..., None].expand(-1, -1, x.shape[-1])
         return replace(found, features=values.gather(1, rows).to(tokens.features), size=sizes.gather(1, found.index))
