@@ -30,6 +30,27 @@ Newlines = Literal["candidates", "keep"]
 
 
 @dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Attributes:
+        title: of the paper.
+        venue: where it appeared, or ``arXiv``.
+        year: when.
+        arxiv: its number there; empty: it has none.
+    """
+
+    title: str
+    venue: str
+    year: int
+    arxiv: str = ""
+
+    def __str__(self) -> str:
+        where = self.venue if self.venue.endswith(str(self.year)) else f"{self.venue} {self.year}"
+        return f"{self.title} ({where}{f', arXiv {self.arxiv}' if self.arxiv else ''})"
+
+
+@dataclass(frozen=True)
 class Stage:
     """A place where tokens may leave.
 
@@ -109,6 +130,8 @@ class Method(ABC):
     newlines: Newlines = "candidates"
 
     name: ClassVar[str]
+    paper: ClassVar[Paper | None] = None
+    """Where it comes from; ``None``: a baseline, or something that serves other methods."""
     query_aware: ClassVar[bool] = False
     """True when the question decides what stays; such a keep-set does not fit the next question. A class where that
     depends on the options makes it a property."""
