@@ -1,28 +1,26 @@
-"""The `vtc` command: `demo`, `run`, `methods` and `models` are here, the others in vtc/commands/.
+"""The `vtc` command: `demo` and `run` are here, the others in vtc/commands/.
 
 Bad input ends as one line on stderr and exit code 2; `vtc --traceback ...` shows where it came from.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 try:
+    import rich  # noqa: F401
     import typer
     from rich.console import Console
-    from rich.table import Table
 except ModuleNotFoundError as missing:
     sys.exit(f"vtc: the command line needs {missing.name}: pip install 'visual-token-compression[cli]'")
 
 from vtc.commands.doctor import doctor
 from vtc.commands.estimate import estimate
 from vtc.commands.eval import evaluate
+from vtc.commands.listing import methods, models
 from vtc.commands.profile import profile
 from vtc.commands.serve import PASS_ON, serve
 from vtc.commands.shared import (
@@ -71,6 +69,8 @@ def _common(
 app.command()(doctor)
 app.command()(estimate)
 app.command("eval")(evaluate)
+app.command()(methods)
+app.command()(models)
 app.command()(profile)
 app.command(context_settings=PASS_ON)(serve)
 app.command()(show)
@@ -160,62 +160,3 @@ def demo(
             progress=lambda message: console.print(f"[dim]{message} ...[/]"),
         )
         print_report(console, report)
-
-
-@app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Show this method's page.")] = None) -> None:
-    """List the methods, or show the page of one."""
-    from vtc.methods import list_methods, method_class
-
-    console = Console()
-    if name is None:
-        table = Table("method", "what it does", "needs", "source")
-        for each in list_methods():
-            cls = method_class(each)
-            table.add_row(
-                each,
-                _paragraph(cls),
-                ", ".join(sorted({signal.key for signal in cls().signals()})),
-                _paragraph(sys.modules[cls.__module__]),
-            )
-        console.print(table)
-        return
-    with clear_errors():
-        cls = method_class(name)
-    options = "\n".join(f"    {field.name} = {field.default!r}" for field in dataclasses.fields(cls))
-    page = "\n\n".join(
-        (_paragraph(sys.modules[cls.__module__]), _reflow(inspect.getdoc(cls) or ""), "Options:\n" + options)
-    )
-    console.print(page.replace("``", ""), markup=False, highlight=False)
-
-
-@app.command()
-def models(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
-) -> None:
-    """List the supported model families and the signals each offers to the methods."""
-    from vtc.models import families
-
-    header = ("model type", "modalities", "signals", "notes")
-    rows = [(f.model_type, ", ".join(f.modalities), ", ".join(f.signals), f.notes) for f in families()]
-    if markdown:
-        for row in (header, ("---",) * 4, *((f"`{name}`", *rest) for name, *rest in rows)):
-            typer.echo(f"| {' | '.join(row)} |")
-        return
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-# ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _paragraph(documented: object) -> str:
-    """The first paragraph of a docstring, as one line."""
-    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].replace("`", "").split())
-
-
-def _reflow(text: str) -> str:
-    """Join the lines of each paragraph and list item, so that the terminal may wrap them anew."""
-    return re.sub(r"(?<=\S)\n( {0,3}| {8})(?=\S)(?!\d+\. |- )", " ", text)
