@@ -1,5 +1,8 @@
 """Answer accuracy under compression: `python benchmarks/accuracy.py [--model tinyvlm-next]`.
 
+Every registered method that the model can run, and the combinations in `CONFIGURATIONS`. With `--resume` cells that the
+CSV has are kept, whatever commit they are of (each row names its own), and only the others are run.
+
 Every cell (method x keep) answers the same evaluation questions through the public API: `vtc.patch` and the model's
 own `generate`, in left-padded batches. Two scores per question: the answer word (first generated word right) and the
 exact match (the model also stops after it). The headline mean leaves `count` out and shows it beside: counting reads
@@ -9,10 +12,12 @@ left at the end of the language model, `per layer` their average over its layers
 inside it.
 
 A method is a registered name, which gets `keep` and is otherwise at its defaults, or a name in `CONFIGURATIONS`.
+Positions are the original ones; `--positions compact` renumbers them, for methods that can.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib
 import math
 import time
@@ -29,12 +34,13 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vtc
+from vtc.methods import make_method
 from vtc.profiling.provenance import provenance
 from vtc_tinyvlm import TYPES, Question
 from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
 
 HEADLINE = "mean_without_count"
-UNPRUNED = "none"
+UNPRUNED, ORIGINAL = "none", "original"
 
 MODELS = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next"}
 
@@ -51,11 +57,10 @@ CONFIGURATIONS: dict[str, Callable[[float], vtc.Method]] = {
     "idpruner+transprune": lambda keep: vtc.Chain(vtc.IDPruner(keep=keep**0.5), vtc.TransPrune(keep=keep**0.5)),
     "globalcom2+transprune": lambda keep: vtc.Chain(vtc.GlobalCom2(keep=keep**0.5), vtc.TransPrune(keep=keep**0.5)),
 }
-METHODS = "random,grid,divprune,todre,todre-full,idpruner,transprune,divprune+transprune,idpruner+transprune"
-METHODS_NEXT = METHODS + (
-    ",globalcom2,globalcom2-probabilities,globalcom2/divprune,allocate/divprune,globalcom2+transprune"
-    ",divprune-newlines,idpruner-newlines"
-)
+FIRST = ("random", "grid", "divprune")
+"""What every method has to beat, and the plainest that does."""
+MADE_OF_OTHERS = ("allocate", "chain", "merge", "adaptive")
+"""At their defaults they say nothing of their own."""
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Cell:
 
     method: str
     keep: float
+    positions: str
     kept: float
     layer_average: float
     seeds: int
@@ -91,13 +97,32 @@ def answer_all(
     return texts, (last / len(texts), average / len(texts))
 
 
-def apply(model: Any, method: str, keep: float, seed: int) -> Any:
+def method_of(name: str, keep: float, seed: int = 0) -> vtc.Method:
+    """A registered name or one of the combinations."""
+    if name in CONFIGURATIONS:
+        return CONFIGURATIONS[name](keep)
+    return make_method(name, keep=keep, **({"seed": seed} if name == "random" else {}))
+
+
+def apply(model: Any, name: str, keep: float, seed: int, positions: str) -> Any:
     """The patch of a cell as a context manager; no patch at all for the unpruned cell."""
-    if method == UNPRUNED:
+    if name == UNPRUNED:
         return nullcontext()
-    if method in CONFIGURATIONS:
-        return vtc.patch(model, CONFIGURATIONS[method](keep))
-    return vtc.patch(model, method, keep=keep, **({"seed": seed} if method == "random" else {}))
+    return vtc.patch(model, method_of(name, keep, seed), positions=positions)
+
+
+def able(model: Any, keep: float, positions: str) -> list[str]:
+    """The methods that this model can run; why not of the others goes to stderr."""
+    rest = [n for n in vtc.list_methods() if n not in (*FIRST, *MADE_OF_OTHERS)]
+    found = []
+    for name in (*FIRST, *rest, *CONFIGURATIONS):
+        try:
+            vtc.patch(model, method_of(name, keep), positions=positions).unpatch()
+        except ValueError as reason:
+            typer.echo(f"{name}: {reason}", err=True)
+        else:
+            found.append(name)
+    return found
 
 
 def rows_of(cell: Cell, questions: list[Question]) -> list[dict[str, Any]]:
@@ -113,9 +138,30 @@ def rows_of(cell: Cell, questions: list[Question]) -> list[dict[str, Any]]:
             f"{name}_low": max(0.0, mean - 1.96 * error),
             f"{name}_high": min(1.0, mean + 1.96 * error),
         }
-    about: dict[str, Any] = {"method": cell.method, "keep": str(cell.keep), "kept_tokens": f"{cell.kept:.1f}"}
+    about: dict[str, Any] = {"method": cell.method, "keep": str(cell.keep), "positions": cell.positions}
+    about |= {"kept_tokens": f"{cell.kept:.1f}"}
     about |= {"tokens_per_layer": f"{cell.layer_average:.1f}", "seeds": cell.seeds}
     return [about | row | {"seconds": f"{cell.seconds:.1f}"} for row in (head, *rows)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows as they were written, scores as numbers again."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as handle:
+        rows: list[dict[str, Any]] = list(csv.DictReader(handle))
+    numbers = [f"{name}{end}" for name in SCORES for end in ("", "_low", "_high")]
+    return [row | {name: float(row[name]) for name in numbers} for row in rows]
+
+
+def finished(rows: list[dict[str, Any]], questions: int) -> set[tuple[str, float, str]]:
+    """Method, keep and positions of the cells that were asked so many questions."""
+    asked: dict[tuple[str, float, str], int] = {}
+    for row in rows:
+        if row["type"] != HEADLINE:
+            cell = row["method"], float(row["keep"]), row["positions"]
+            asked[cell] = asked.get(cell, 0) + int(row["questions"])
+    return {cell for cell, number in asked.items() if number == questions}
 
 
 def markdown(rows: list[dict[str, Any]], command: str) -> str:
@@ -126,25 +172,26 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
         f"# Accuracy under compression, {first['model']}",
         "",
-        f"Made by `{command}` on {first['date']}, commit {first['commit']}, {first['device']}, torch {first['torch']}, "
-        f"transformers {first['transformers']}. {per_type} {first['split']} questions per type, the same in every row. "
+        f"Made by `{command}`, on {first['device']}; the CSV beside this names date, commit and versions of every row. "
+        f"{per_type} {first['split']} questions per type, the same in every row. "
         "Per cent of questions whose answer word is right, with 95 % intervals; `mean` leaves `count` out; "
         "`exact` is that mean when the model must also stop after the answer; `tokens` are the visual tokens in the "
         "last layer, `per layer` their average over layers.",
         "",
-        "| method | keep | tokens | per layer | mean | exact | " + " | ".join(order) + " | count |",
-        "| --- " * (7 + len(order)) + "|",
+        "| method | keep | positions | tokens | per layer | mean | exact | " + " | ".join(order) + " | count |",
+        "| --- " * (8 + len(order)) + "|",
     ]
-    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    cells: dict[tuple[str, float, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["method"], row["keep"]), {})[row["type"]] = row
-    for (method, keep), by_type in cells.items():
+        cells.setdefault((row["method"], float(row["keep"]), row["positions"]), {})[row["type"]] = row
+    ordered = sorted(cells.items(), key=lambda cell: (cell[0][2] != ORIGINAL, -cell[0][1]))
+    for (method, keep, positions), by_type in ordered:
         head = by_type[HEADLINE]
-        seeds = f" ({head['seeds']} seeds)" if head["seeds"] > 1 else ""
+        seeds = f" ({head['seeds']} seeds)" if int(head["seeds"]) > 1 else ""
         shown = [percent(head, "answer"), percent(head, "exact")]
         shown += [percent(by_type[t], "answer") for t in [*order, "count"]]
         tokens = f"{head['kept_tokens']} | {head['tokens_per_layer']}"
-        lines.append(f"| {method}{seeds} | {keep} | {tokens} | " + " | ".join(shown) + " |")
+        lines.append(f"| {method}{seeds} | {keep} | {positions} | {tokens} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -163,13 +210,15 @@ def main(
         str, typer.Option(help="tinyvlm, tinyvlm-next, or a checkpoint directory of the same make as one of them.")
     ] = "tinyvlm",
     methods: Annotated[
-        str, typer.Option(help="Registered names or names in CONFIGURATIONS; default: all that the model can do.")
+        str, typer.Option(help="Registered names or names in CONFIGURATIONS; default: all that the model can run.")
     ] = "",
     keep: Annotated[str, typer.Option(help="Fractions; 1.0 is run once, unpatched.")] = "1.0,0.5,0.25,0.1",
+    positions: Annotated[str, typer.Option(help="original, compact, or both with a comma.")] = ORIGINAL,
     questions: int = 2400,
     seeds: Annotated[int, typer.Option(help="Runs of `random`.")] = 3,
     batch: int = 64,
     threads: Annotated[int, typer.Option(help="torch threads; 0 leaves them alone.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that the CSV has.")] = False,
     split: Annotated[str, typer.Option(help="validation while anything is still being decided.")] = "evaluation",
     out: Annotated[
         Path | None, typer.Option(help="Default: benchmarks/results/accuracy_tinyvlm.csv, or .._tinyvlm_next.csv.")
@@ -181,24 +230,27 @@ def main(
     package, vlm, processor = package_of(model)
     name_of_package = package.__name__.removeprefix("vtc_")
     out = out or Path(f"benchmarks/results/accuracy_{name_of_package}.csv")
-    methods = methods or (METHODS_NEXT if name_of_package == "tinyvlm_next" else METHODS)
     command = "python benchmarks/accuracy.py" + ("" if model == "tinyvlm" else f" --model {model}")
     asked = package.split_questions(questions, split)
-    inputs = prepare(asked, processor, batch)
-    plan: list[tuple[str, float]] = []
-    for fraction in (float(k) for k in keep.split(",")):
-        plan += [(UNPRUNED, 1.0)] if fraction == 1.0 else [(m, fraction) for m in methods.split(",")]
-    source, rows = provenance(), []
-    bar = tqdm(total=sum(seeds if m == "random" else 1 for m, _ in plan), desc="cells")
-    for name, fraction in plan:
+    rows = read_rows(out) if resume else []
+    have = finished(rows, len(asked))
+    plan: list[tuple[str, float, str]] = []
+    for kind in positions.split(","):
+        for fraction in (float(k) for k in keep.split(",")):
+            names = [UNPRUNED] if fraction == 1.0 else methods.split(",") if methods else able(vlm, fraction, kind)
+            plan += [(name, fraction, kind) for name in names if fraction < 1.0 or kind == ORIGINAL]
+    plan = [cell for cell in plan if cell not in have]
+    source, inputs = provenance(), prepare(asked, processor, batch)
+    bar = tqdm(total=sum(seeds if m == "random" else 1 for m, _, _ in plan), desc="cells")
+    for name, fraction, kind in plan:
         runs, began = (seeds if name == "random" else 1), time.time()
         totals = {score_name: [0.0] * len(asked) for score_name in SCORES}
         for seed in range(runs):
-            texts, (kept, layer_average) = answer_all(vlm, inputs, processor, apply(vlm, name, fraction, seed))
+            texts, (kept, layer_average) = answer_all(vlm, inputs, processor, apply(vlm, name, fraction, seed, kind))
             for key, values in score(texts, asked).items():
                 totals[key] = [total + value / runs for total, value in zip(totals[key], values, strict=True)]
             bar.update()
-        cell = Cell(name, fraction, kept, layer_average, runs, (time.time() - began) / runs, totals)
+        cell = Cell(name, fraction, kind, kept, layer_average, runs, (time.time() - began) / runs, totals)
         rows += [{"model": model, "split": split} | row | source for row in rows_of(cell, asked)]
         write_csv(rows, out)  # after every cell: an interrupted run leaves what it has
         out.with_suffix(".md").write_text(markdown(rows, command))
