@@ -8,10 +8,13 @@ tests of the methods.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from every import SAMPLES, SCHEDULE, refusal
 from flash import flash_attention
 from reference import blind
 from release import CACHE, OLD
@@ -19,14 +22,16 @@ from torch import Tensor
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
 import vtc
-from vtc.models import resolve
-from vtc.signals import Cls
+from vtc.methods.stages import Kept, Step
+from vtc.places import Layer, Place, Projector
 
-SCHEDULE: dict[str, Any] = {"layers": (1, 2), "ratios": (0.6, 0.3)}  # the zoo's models are too shallow for the default
 HYBRID = "qwen3_5"
 # Ministral 3 scales its queries, so that softmax magnifies rounding: sdpa and eager attention differ by up to 3e-4,
 # and in float64, where softmax and norms stay fp32, by a sixth of it. A wrong mask or position costs 0.05 and more.
 ROUGH = (HYBRID, "ministral3")
+# Caches and backends are the engine's: one method of each kind (before the model, inside it, merging, chained) is
+# enough to see that it does not depend on them. The others run with sdpa, without a cache and under flash attention.
+EVERYWHERE = ("divprune", "fastv", "transprune", "visionzip", "chain", "todre", "idpruner", "fastervlm", "globalcom2")
 PREFIX_LM = ("gemma3", "gemma3_window8", "gemma4", "gemma4_bidirectional", "paligemma")
 RUNS = {
     "sdpa": ("sdpa", {}),
@@ -39,28 +44,9 @@ RUNS = {
 
 @functools.cache
 def methods_for(family: str) -> dict[str, vtc.Method]:
-    adapter, parts = resolve(get_model(family))
-    pivot = "cls" if adapter.gives(parts, Cls()) else "random"
-    todre = vtc.ToDRE(keep=0.5, pivot=pivot)
-    methods: dict[str, vtc.Method] = {
-        "divprune": vtc.DivPrune(keep=0.3),
-        "todre": todre,
-        "idpruner": vtc.IDPruner(keep=0.4),
-    }
-    if adapter.gives(parts, Cls(layer=-2)):
-        methods["fastervlm"] = vtc.methods.make_method("fastervlm", keep=0.4)
-    if adapter.facts(parts).has_thumbnail:
-        methods["globalcom2"] = vtc.GlobalCom2(keep=0.4)
-        methods["globalcom2_divprune"] = vtc.GlobalCom2(keep=0.4, selector=vtc.DivPrune())
-    if family != HYBRID:
-        methods["todre_both"] = vtc.ToDRE(keep=0.5, pivot=pivot, stage2=True, layer=2, tau=0.45)
-        methods["transprune"] = vtc.TransPrune(**SCHEDULE)
-        methods["fastv"] = vtc.methods.make_method("fastv", keep=0.4, layer=1)
-        methods["divprune_then_transprune"] = vtc.Chain(vtc.DivPrune(keep=0.5), vtc.TransPrune(**SCHEDULE))
-        methods["idpruner_then_todre2"] = vtc.Chain(
-            vtc.IDPruner(keep=0.5), vtc.ToDRE(keep=1.0, pivot=pivot, stage2=True, layer=1, tau=0.4)
-        )
-    return methods
+    """The samples that a family takes; `test_who_refuses_what` knows which it does not."""
+    model = get_model(family)
+    return {name: method for name, method in SAMPLES.items() if refusal(model, method) is None}
 
 
 def applies(family: str, method: vtc.Method, run: str) -> bool:
@@ -69,6 +55,8 @@ def applies(family: str, method: vtc.Method, run: str) -> bool:
     """
     if run == "flash":
         return family not in (*PREFIX_LM, HYBRID)
+    if run in ("static", "eager") and method.name not in EVERYWHERE:
+        return False
     return run != "uncached" or not method.query_aware
 
 
@@ -90,16 +78,72 @@ def upstream_bug(family: str, arguments: dict[str, Any]) -> str | None:
 
 
 Stages = list[tuple[int, list[list[list[int]]]]]
+Write = tuple[Place, list[tuple[Tensor, Tensor]]]
+"""What a method that merges put somewhere: per image, indices among its tokens and the rows that stand there."""
 REFERENCES: dict[tuple[str, str], tuple[Stages, Tensor, Tensor]] = {}
 
 
-def reference(family: str, name: str, stages: Stages, batch: Batch) -> tuple[Stages, Tensor, Tensor]:
+@contextmanager
+def overheard(model: Any) -> Iterator[list[Write]]:
+    """Collect the new values of a prefill, as methods returned them; those in front of the projector go through it."""
+    found: list[Write] = []
+    real = Step.reduce
+
+    def reduce(step: Step, tokens: Any, *args: Any, **kwargs: Any) -> Kept:
+        kept = real(step, tokens, *args, **kwargs)
+        if kept.features is not None:
+            rows = [(w.nonzero()[:, 0], f[w]) for w, f in zip(kept.written, kept.features, strict=True)]
+            if step.stage.at == Projector():
+                patches = tokens.where("image", "thumbnail", "crops", "frame")
+                rows = [(i[p[i]], f[p[i]]) for (i, f), p in zip(rows, patches, strict=True)]
+                rows = [(i, model.model.multi_modal_projector(f.to(torch.float32)[None])[0]) for i, f in rows]
+            found.append((step.stage.at, rows))
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "reduce", reduce)
+        yield found
+
+
+@contextmanager
+def written(model: Any, writes: list[tuple[Place, list[tuple[Tensor, Tensor]]]]) -> Iterator[None]:
+    """Put rows at columns of an unpatched model's prompt: of the embeddings, or of what enters a layer."""
+
+    def put(hidden: Tensor, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+        hidden = hidden.clone()
+        for columns, values in rows:
+            hidden[0, columns] = values.to(hidden.dtype)
+        return hidden
+
+    def enters(rows: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"inputs_embeds": put(kwargs["inputs_embeds"], rows)}
+
+    def between(rows: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        return (put(args[0], rows), *args[1:]), kwargs
+
+    hooks = []
+    for at, rows in writes:
+        inside = isinstance(at, Layer)
+        module = model.get_decoder().layers[at.after] if inside else model.get_decoder()
+        hook = functools.partial(between if inside else enters, rows)
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reference(
+    family: str, name: str, stages: Stages, batch: Batch, writes: list[Write]
+) -> tuple[Stages, Tensor, Tensor]:
     """Of the first run of a family and method: later runs must have the same keep-sets, and get the same answer."""
     if (family, name) not in REFERENCES:
         model = get_model(family)
         model.set_attn_implementation("eager")
         depth = len(model.get_decoder().layers)
         logits, tokens = [], []
+        first = 0  # of the sample's images, among those of the batch
         for row, (sample, images) in enumerate(zip(batch.samples, batch.images, strict=True)):
             gone = []
             for layer in range(depth):
@@ -109,7 +153,12 @@ def reference(family: str, name: str, stages: Stages, batch: Batch) -> tuple[Sta
                     mask[columns] = True
                     mask[columns[left]] = False
                 gone.append(mask)
-            with blind(model, gone):
+            own = [
+                (at, [(columns[i], values) for columns, (i, values) in zip(images, rows[first:], strict=False)])
+                for at, rows in writes
+            ]
+            first += len(images)
+            with blind(model, gone), written(model, own):
                 out = model.generate(
                     **sample, **GREEDY, use_cache=False, output_logits=True, return_dict_in_generate=True
                 )
@@ -132,16 +181,20 @@ def test_what_is_kept_decides_what_is_said(family: str, name: str, run: str) -> 
     model.set_attn_implementation("sdpa" if backend == "flash" else backend)
     options = {**GREEDY, **arguments, "output_logits": True, "return_dict_in_generate": True}
 
-    def generate() -> tuple[Any, Stages]:
-        with vtc.patch(model, methods_for(family)[name]) as p:
-            return model.generate(**batch, **options), plain(p.last_stages)
+    def generate() -> tuple[Any, Stages, list[Write]]:
+        with vtc.patch(model, methods_for(family)[name]) as p, overheard(model) as writes:
+            out = model.generate(**batch, **options)
+            return out, plain(p.last_stages), writes
 
     if backend == "flash":
         with flash_attention(model):
-            out, stages = generate()
+            out, stages, writes = generate()
     else:
-        out, stages = generate()
-    first, logits, tokens = reference(family, name, stages, batch) if family != HYBRID else hybrid(name, stages, out)
+        out, stages, writes = generate()
+    if family == HYBRID:
+        first, logits, tokens = hybrid(name, stages, out)
+    else:
+        first, logits, tokens = reference(family, name, stages, batch, writes)
     assert stages == first, "the keep-set depends on how the model runs"
     torch.testing.assert_close(torch.stack(out.logits, 1), logits, rtol=0, atol=5e-4 if family in ROUGH else 1e-4)
     assert torch.equal(out.sequences[:, -NEW_TOKENS:], tokens)
