@@ -498,16 +498,14 @@ def check_entry_never_waits(model: Any, batch: Batch, method: vtc.Method, positi
     real, pruned = EntryStage.before_decoder, []
 
     def twice(self: EntryStage, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        cache, running, last = kwargs.get(CACHE), context.RUNNING.get(), self.last
+        cache, running, last = kwargs.get(CACHE), context.current().call, self.last
         call = on_device({k: v for k, v in kwargs.items() if k != CACHE})
-        token = context.RUNNING.set(device_call(running))
         try:
-            with NoBlockingCopies():
+            with context.during(call=device_call(running)), NoBlockingCopies():
                 call = real(self, decoder, args, call | {CACHE: device_cache(cache)})[1]
         except (RuntimeError, NotImplementedError) as error:
             raise AssertionError(f"the entry stage waits for the device: {error}") from error
         finally:
-            context.RUNNING.reset(token)
             self.last = last
         result = real(self, decoder, args, kwargs)
         pruned.append(result[1]["inputs_embeds"].shape != kwargs["inputs_embeds"].shape)
@@ -698,12 +696,12 @@ def test_control_a_frame_that_outlives_its_prompt_is_found(monkeypatch: pytest.M
     real = EntryStage.before_decoder
 
     def forgetful(self: EntryStage, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        if (running := context.RUNNING.get()) is None:
-            context.RUNNING.set(last[-1])
+        if (running := context.current().call) is None:
+            context.change(call=last[-1])
         else:
             last.append(copy.copy(running))
         result = real(self, decoder, args, kwargs)
-        context.RUNNING.set(last[-1])
+        context.change(call=last[-1])
         return result
 
     last: list[context.Call] = []
@@ -716,7 +714,8 @@ def test_control_a_frame_that_outlives_its_prompt_is_found(monkeypatch: pytest.M
 class SharedVariable:
     """Stands in for a context variable; there is only one of it, as if it were an attribute of the module."""
 
-    value: Any = None
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
 
     def get(self) -> Any:
         return self.value
@@ -726,9 +725,7 @@ class SharedVariable:
 
 
 def test_control_a_frame_on_the_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = SharedVariable()
-    for module in (entry, opening, context):
-        monkeypatch.setattr(module, "RUNNING", shared)
+    monkeypatch.setattr(context, "_CURRENT", SharedVariable(context.Current()))
     with pytest.raises(AssertionError):
         check_threads_do_not_meet(get_model("llava"), different_prompts("llava"))
 

@@ -16,7 +16,7 @@ import torch
 from vtc.dialect import compilers
 from vtc.dialect.arguments import CACHE, EMBEDS, HIDDEN, IDS
 from vtc.dialect.caches import cache_in, is_prepared, prepared_for, pruned
-from vtc.engine.context import PREPARED_MASKS
+from vtc.engine.context import current
 
 _WORKS = (
     "fullgraph=False, generate(..., cache_implementation='static') which compiles decode steps by itself, or "
@@ -92,7 +92,7 @@ def saying_prepared(get_compiled: Callable[..., Any]) -> Callable[..., Any]:
 
         @functools.wraps(run, updated=())
         def running(*args: Any, **kwargs: Any) -> Any:
-            cache, made = CACHE.read(kwargs), PREPARED_MASKS.get()
+            cache, made = CACHE.read(kwargs), current().prepared
             if made is None or made.cache is not cache or not pruned(cache):
                 return run(*args, **kwargs)
             with prepared_for(cache):

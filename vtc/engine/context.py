@@ -1,12 +1,16 @@
-"""What belongs to one running forward pass, kept in context variables: two threads on one model never meet here."""
+"""What a thread is doing with patched models: one object in one context variable, so that two threads never meet here.
+
+What outlives a call stays with what it is about: what a cache lacks on the cache (:mod:`vtc.engine.lengths`), what was
+recorded of an encoder's features on its output (:mod:`vtc.engine.encode`).
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from vtc.engine.compaction import Columns, Compaction
 from vtc.engine.inside import LayerState
 from vtc.engine.locate import Encoded
+from vtc.signals import TowerSignal
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Call:
         stored: how long its layers must be afterwards, by the first layer of each stage.
         featureless: the class of what an encoder returned, where no features of single images were found in it.
         asked: what the root was called with, by name, where its head counts columns of the prompt.
+        shifted: position ids that are compact already, since ``generate`` prepared this call.
     """
 
     owner: Any
@@ -58,6 +64,7 @@ class Call:
     stored: dict[int, int] = field(default_factory=dict)
     featureless: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
+    shifted: Tensor | None = None
 
     @property
     def left(self) -> Columns | None:
@@ -75,13 +82,83 @@ class Call:
             self.pad_right = not bool((real | visual)[:, -1].all())  # a hidden image is no padding
 
 
-RUNNING: ContextVar[Call | None] = ContextVar("vtc_frame", default=None)
+@dataclass(frozen=True)
+class Prepared:
+    """What ``generate`` made for its next step on a cache of fixed size, whose mask is 4-D by then.
+
+    Attributes:
+        logical: the 2-D mask behind it, as the caller gave it (``None``: nothing is padding).
+        physical: the same over physical slots.
+        cache: whose step it is.
+        shifted: the position ids, if they were made compact.
+    """
+
+    logical: Tensor | None
+    physical: Tensor | None
+    cache: Any
+    shifted: Tensor | None
+
+
+class Recording(dict[TowerSignal, list[Tensor]]):
+    """What was recorded while an encoder ran: by signal, [pictures, patches, ...] for each call of the tower."""
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__()
+        self.owner = owner
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """What this thread is doing. It is replaced, never changed: a copied context must not see what comes later.
+
+    Attributes:
+        call: the call of a patched model that is running.
+        prepared: what ``generate`` made for the next call, until that begins.
+        recording: what is recorded of a vision tower, while an encoder runs.
+        bypassed: models run as if they were not patched.
+    """
+
+    call: Call | None = None
+    prepared: Prepared | None = None
+    recording: Recording | None = None
+    bypassed: bool = False
+
+
+_CURRENT: ContextVar[Current] = ContextVar("vtc", default=Current())  # noqa: B039 (it is frozen)
+
+
+def current() -> Current:
+    """What this thread is doing."""
+    return _CURRENT.get()
+
+
+def change(**fields: Any) -> None:
+    """From now on, in this thread, these fields of :class:`Current` are others."""
+    _CURRENT.set(replace(_CURRENT.get(), **fields))
+
+
+@contextmanager
+def during(**fields: Any) -> Iterator[None]:
+    """For a while they are others; afterwards these fields, and no others, are what they were."""
+    now = current()
+    before = {name: getattr(now, name) for name in fields}
+    change(**fields)
+    try:
+        yield
+    finally:
+        change(**before)
+
+
+def bypassed() -> AbstractContextManager[None]:
+    """Run the model as if it were not patched (in this thread)."""
+    return during(bypassed=True)
 
 
 def running_call(owner: Any) -> Call | None:
     """The call of ``owner`` that is running in this thread; ``None`` also where the engine should stand aside."""
-    running = RUNNING.get()
-    return None if running is None or running.owner is not owner or is_bypassed() else running
+    now = _CURRENT.get()
+    running = now.call
+    return None if running is None or running.owner is not owner or now.bypassed else running
 
 
 def is_running(module: nn.Module) -> bool:
@@ -98,32 +175,3 @@ def is_running(module: nn.Module) -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-@dataclass(frozen=True)
-class PreparedMasks:
-    """The logical and the physical 2-D mask (``None``: nothing is padding) behind the 4-D one of ``generate``."""
-
-    logical: Tensor | None
-    physical: Tensor | None
-    cache: Any
-
-
-PREPARED_MASKS: ContextVar[PreparedMasks | None] = ContextVar("vtc_masks", default=None)
-
-_BYPASS: ContextVar[bool] = ContextVar("vtc_bypass", default=False)
-
-
-@contextmanager
-def bypassed() -> Iterator[None]:
-    """Run the model as if it were not patched (in this thread)."""
-    token = _BYPASS.set(True)
-    try:
-        yield
-    finally:
-        _BYPASS.reset(token)
-
-
-def is_bypassed() -> bool:
-    """Whether the engine should stand aside (in this thread)."""
-    return _BYPASS.get()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vtc.dialect.compilers import never_alone
 from vtc.dialect.modules import features_in
 from vtc.engine.compiled import between_graphs
-from vtc.engine.context import is_bypassed, running_call
+from vtc.engine.context import current, running_call
 from vtc.engine.locate import Encoded
 from vtc.engine.recorders import recording, recording_of
 from vtc.models import Adapter, Parts
@@ -72,7 +72,7 @@ def listening(
     @between_graphs
     def begin() -> Any:
         nested = recording_of(parts) is not None  # some families encode videos by way of their image encoder
-        if is_bypassed() or nested:
+        if current().bypassed or nested:
             return None
         block = recording(parts)
         return block, block.__enter__()

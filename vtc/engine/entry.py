@@ -30,7 +30,7 @@ from vtc.dialect.releases import running_release
 from vtc.engine import masks
 from vtc.engine.choosing import Chooser, compaction, plan
 from vtc.engine.compaction import Compaction
-from vtc.engine.context import RUNNING, Call, is_running, running_call
+from vtc.engine.context import Call, change, is_running, running_call
 from vtc.engine.encode import Memory
 from vtc.engine.inside import LayerState
 from vtc.engine.layers import LayerStages
@@ -62,7 +62,7 @@ class EntryStage:
         if (running := running_call(self.parts)) is None:
             return None
         if not is_running(self.parts.base):  # an interrupt left another call behind, or the base model is passed by
-            RUNNING.set(None)
+            change(call=None)
             if self.parts.root is not self.parts.base and is_running(self.parts.root):
                 self.say_once(
                     f"{type(self.parts.root).__name__}.forward calls its language model without "
@@ -71,7 +71,7 @@ class EntryStage:
             return None
         call = self.parts.spellings.decoder.bind(args, kwargs)
         cache = call[CACHE]
-        self._shift(call, slot_map(cache), cache)
+        self._shift(call, running, slot_map(cache), cache)
         embeds = call[EMBEDS]
         if not running.placeholders or embeds is None:
             return (), call.named
@@ -146,7 +146,7 @@ class EntryStage:
             call[MASK] = hidden.new_ones(len(hidden), mask_sizes(cache, hidden.shape[1], index)[0], dtype=torch.bool)
         return args, call.named
 
-    def _shift(self, call: Arguments, slots: SlotMap | None, cache: Any) -> None:
+    def _shift(self, call: Arguments, running: Call, slots: SlotMap | None, cache: Any) -> None:
         """Compact positions: the caller counts dropped tokens of earlier prompts, the rotary embedding must not."""
         if slots is None or self.positions != "compact":
             return
@@ -154,7 +154,7 @@ class EntryStage:
         if ids is None:
             new = call[EMBEDS].shape[1]
             ids = torch.arange(new, device=slots.dropped.device)[None] + logical_length(cache)
-        if getattr(ids, "_vtc_shifted", False):  # done where generate prepared the step
+        if ids is running.shifted:
             return
         call[POSITIONS] = ids - slots.dropped.to(ids.device)[:, None]
 

@@ -19,7 +19,7 @@ from vtc.dialect.caches import has_fixed_size, physical_length
 from vtc.dialect.compilers import never_alone
 from vtc.dialect.generation import PREFILL, chunk_size
 from vtc.engine.compiled import between_graphs
-from vtc.engine.context import PREPARED_MASKS, PreparedMasks, is_bypassed, running_call
+from vtc.engine.context import Prepared, change, current, running_call
 from vtc.engine.lengths import slot_map
 
 
@@ -31,20 +31,19 @@ def preparing(prepare: Callable[..., Any], positions: str) -> Callable[..., Any]
     def call(*args: Any, **kwargs: Any) -> Any:
         given = spelling.bind(args, kwargs)
         cache = given[CACHE]
-        if is_bypassed() or not has_fixed_size(cache):
+        if current().bypassed or not has_fixed_size(cache):
             return prepare(*args, **kwargs)
         mask = logical = given[MASK]
         if (slots := slot_map(cache)) is not None:
             ids = given[IDS] if given[EMBEDS] is None else given[EMBEDS]
             new = given[NEW_LENGTH] or ids.shape[1]
             given[MASK] = mask = slots.physical_mask(mask, physical_length(cache) + new)
-        PREPARED_MASKS.set(PreparedMasks(logical, mask, cache))
         inputs = prepare(**given.named)
-        ids = POSITIONS.read(inputs)
+        ids, shifted = POSITIONS.read(inputs), None
         if slots is not None and positions == "compact" and ids is not None:
             shifted = ids - slots.dropped.to(ids.device)[:, None]
-            shifted._vtc_shifted = True
             inputs |= {name: shifted for name in POSITIONS.names if name in inputs}
+        change(prepared=Prepared(logical, mask, cache, shifted))
         return inputs
 
     return call
@@ -58,10 +57,10 @@ def prefilling(
     @functools.wraps(prefill)
     def call(*args: Any, **kwargs: Any) -> Any:
         ids, generation_config, model_kwargs = PREFILL.read(prefill, args, kwargs)
-        if slot_map(CACHE.read(model_kwargs)) is not None and not is_bypassed():
+        if slot_map(CACHE.read(model_kwargs)) is not None and not current().bypassed:
             later_turn()
         size = chunk_size(generation_config)
-        if size is not None and not is_bypassed() and any((ids == token).any() for token in placeholders):
+        if size is not None and not current().bypassed and any((ids == token).any() for token in placeholders):
             raise NotImplementedError(
                 f"prefill_chunk_size={size} would select within chunks, not within images. Prune before the prefill "
                 "instead: model.generate(..., custom_generate=vtc.generate) (transformers with mm_encoder_outputs), "

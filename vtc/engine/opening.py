@@ -17,7 +17,7 @@ from vtc.dialect.arguments import CACHE, EMBEDS, ENCODED, IDS, LOGITS, MASK, Arg
 from vtc.dialect.caches import physical_length
 from vtc.dialect.heads import Head
 from vtc.engine import heads, masks
-from vtc.engine.context import PREPARED_MASKS, RUNNING, Call, is_bypassed, is_running, running_call
+from vtc.engine.context import Call, change, current, is_running, running_call
 from vtc.engine.encode import attached
 from vtc.engine.entry import EntryStage
 from vtc.engine.lengths import slot_map, take_over
@@ -35,10 +35,10 @@ class Opening:
 
     def before_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Open a call. If the caller wants the logits of some columns, :meth:`after_base` will pick them."""
-        if is_bypassed():
+        if current().bypassed:
             return None
         running = Call(self.parts)
-        RUNNING.set(running)
+        change(call=running)
         call = self.parts.spellings.root.bind(args, kwargs)
         if self.head is not Head.TOKENWISE:
             running.asked = call.named
@@ -55,7 +55,7 @@ class Opening:
     def after_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Close the call, also when the forward pass raised; vectors of dropped tokens leave what is returned."""
         running = running_call(self.parts)
-        RUNNING.set(None)
+        change(call=None)
         if running is None or running.compaction is None or output is None or self.head is not Head.VECTORS:
             return None
         return heads.shortened(output, running)
@@ -64,12 +64,13 @@ class Opening:
 
     def before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See what is asked; translate the masks for a cache that was pruned."""
-        if is_bypassed():
+        now = current()
+        if now.bypassed:
             return None
-        running = RUNNING.get()
+        running = now.call
         if running is None or running.owner is not self.parts or not is_running(self.parts.root):
             running = Call(self.parts)  # the base model was called by itself
-            RUNNING.set(running)
+            change(call=running)
         call = self.parts.spellings.base.bind(args, kwargs)
         self._see_masks(running, call)
         if _width(call) > 1:
@@ -79,8 +80,10 @@ class Opening:
     def _see_masks(self, running: Call, call: Arguments) -> None:
         mask, cache = call[MASK], call[CACHE]
         take_over(cache, self.parts)
-        made, slots = PREPARED_MASKS.get(), slot_map(cache)
-        PREPARED_MASKS.set(None)
+        made, slots = current().prepared, slot_map(cache)
+        if made is not None:
+            change(prepared=None)
+            running.shifted = made.shifted
         running.prepared = self.parts.builds_masks_early
         running.logical = running.mask = mask
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):

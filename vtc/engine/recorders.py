@@ -6,44 +6,30 @@ import functools
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vtc.dialect import attention
 from vtc.dialect.towers import Tower
+from vtc.engine.context import Recording, current, during
 from vtc.models import Adapter, Parts
 from vtc.models.base import MODALITIES
 from vtc.signals import TowerSignal
-
-
-class Recording(dict[TowerSignal, list[Tensor]]):
-    """What was recorded while an encoder ran: by signal, [pictures, patches, ...] for each call of the tower."""
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__()
-        self.owner = owner
-
-
-_RECORDING: ContextVar[Recording | None] = ContextVar("vtc_recording", default=None)
 
 
 @contextmanager
 def recording(owner: Any) -> Iterator[Recording]:
     """Collect what the recorders of ``owner`` make while the vision tower runs."""
     found = Recording(owner)
-    token = _RECORDING.set(found)
-    try:
+    with during(recording=found):
         yield found
-    finally:
-        _RECORDING.reset(token)
 
 
 def recording_of(owner: Any) -> Recording | None:
     """Where recorders of ``owner`` put what they make, or ``None`` when it did not ask."""
-    found = _RECORDING.get()
+    found = current().recording
     return found if found is not None and found.owner is owner else None
 
 
@@ -90,7 +76,7 @@ def recorders(
 # ------------------------------------------------------------------------------------------------------ without hooks
 
 _LOCK = threading.Lock()
-_TAPPED: dict[nn.Module, list[int]] = {}
+_TAPS: dict[nn.Module, _Tap] = {}
 
 
 @contextmanager
@@ -98,55 +84,52 @@ def listening_in(listeners: Iterable[Recorder]) -> Iterator[None]:
     """Let recorders hear their modules for a while, without hooks; calls in other threads run as ever.
 
     A dictionary of hooks must not change while another thread runs through it; an instance's ``forward`` may. Only the
-    first of several listeners wraps it and only the last unwraps it.
+    first of several listeners wraps it and only the last unwraps it. A listener hears the other threads too, but
+    leaves what its owner does not record (:class:`Recorder`).
     """
     listeners = tuple(listeners)
-    modules = [listener.module for listener in listeners]
     with _LOCK:
-        for module in modules:
-            _TAPPED.setdefault(module, [0])[0] += 1
-            if _TAPPED[module][0] == 1:
-                _wrap_forward(module)
-    token = _LISTENERS.set((*_LISTENERS.get(), *listeners))
+        for listener in listeners:
+            if listener.module not in _TAPS:
+                _TAPS[listener.module] = _Tap(listener.module)
+            _TAPS[listener.module].listeners += (listener,)
     try:
         yield
     finally:
-        _LISTENERS.reset(token)
         with _LOCK:
-            for module in modules:
-                _TAPPED[module][0] -= 1
-                if not _TAPPED[module][0]:
-                    del _TAPPED[module]
-                    _unwrap_forward(module)
+            for listener in listeners:
+                tap = _TAPS[listener.module]
+                tap.listeners = tuple(other for other in tap.listeners if other is not listener)
+                if not tap.listeners:
+                    _TAPS.pop(listener.module).remove()
 
 
-_LISTENERS: ContextVar[tuple[Recorder, ...]] = ContextVar("vtc_listeners", default=())
+class _Tap:
+    """What hides an instance's ``forward`` while somebody listens."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.listeners = module, tuple[Recorder, ...]()
+        self.hidden = module.__dict__.get("forward")
+        real = module.forward
 
-def _wrap_forward(module: nn.Module) -> None:
-    real = module.forward
+        @functools.wraps(real)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            listeners = self.listeners
+            for listener in listeners:
+                if listener.signal.reads == "input":
+                    listener(module, args, kwargs)
+            output = real(*args, **kwargs)
+            for listener in listeners:
+                if listener.signal.reads == "output":
+                    listener(module, args, kwargs, output)
+            return output
 
-    @functools.wraps(real)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        ours = [listener for listener in _LISTENERS.get() if listener.module is module]
-        for listener in ours:
-            if listener.signal.reads == "input":
-                listener(module, args, kwargs)
-        output = real(*args, **kwargs)
-        for listener in ours:
-            if listener.signal.reads == "output":
-                listener(module, args, kwargs, output)
-        return output
+        self.forward = module.__dict__["forward"] = forward
 
-    forward._vtc_hides = module.__dict__.get("forward")  # type: ignore[attr-defined]
-    module.__dict__["forward"] = forward
-
-
-def _unwrap_forward(module: nn.Module) -> None:
-    forward: Any = module.__dict__.get("forward")
-    if not hasattr(forward, "_vtc_hides"):  # somebody put another one there meanwhile
-        return
-    if forward._vtc_hides is None:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = forward._vtc_hides
+    def remove(self) -> None:
+        if self.module.__dict__.get("forward") is not self.forward:  # somebody put another one there meanwhile
+            return
+        if self.hidden is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.hidden
