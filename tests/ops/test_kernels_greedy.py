@@ -23,7 +23,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 pytest.importorskip("triton", reason="Triton is made for Linux")
 import triton.language as tl
 from nosync import NoSync
-from test_ops import MODES, agree, data, naive, run
+from test_ops import MODES, PER_TOKEN, agree, data, naive, run
 from triton.runtime.interpreter import InterpretedFunction
 
 from vtc import ops
@@ -106,6 +106,8 @@ def check(mode: str, x: Tensor, k: int, monkeypatch, **options) -> Tensor:
 
 
 def arguments(mode: str, n: int, seed: int = 0, balance: float = 0.3) -> dict:
+    if mode == "weights":
+        return {"weights": data(seed, n, 1)[:, 0].sigmoid().to(DEVICE)}
     if mode != "mmr":
         return {"start": n // 2} if mode != "isolated" else {}
     return {"importance": data(seed, n, 1)[:, 0].sigmoid().to(DEVICE), "balance": balance}
@@ -127,6 +129,7 @@ def test_small_sizes(mode, n, d, k, regime, monkeypatch):
         ("max_sum", 577, 64, 40),
         ("mmr", 577, 1024, 24),
         ("isolated", 2928, 1, 5),
+        ("weights", 577, 64, 24),
     ],
 )
 def test_large_sizes(mode, n, d, k, monkeypatch, large_blocks):
@@ -143,6 +146,7 @@ def test_large_sizes(mode, n, d, k, monkeypatch, large_blocks):
         ("mmr", 577, 1024, 5),
         ("max_sum", 2928, 64, 6),
         ("mmr", 2928, 3, 6),
+        ("weights", 577, 64, 9),
     ],
 )
 def test_large_sizes_pick_by_pick(mode, n, d, k, monkeypatch, large_blocks):
@@ -159,7 +163,7 @@ def test_the_block_sizes_of_the_gpu(regime, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_definition_in_float64(mode, regime, monkeypatch):
     x, importance = data(5, 40, 64), data(6, 40, 1)[:, 0].sigmoid()
-    options = arguments(mode, 40) | ({"importance": importance.to(DEVICE)} if mode == "mmr" else {})
+    options = arguments(mode, 40) | ({PER_TOKEN[mode]: importance.to(DEVICE)} if mode in PER_TOKEN else {})
     expected, margins = naive(mode, x, 20, 20, importance, 0.3)
     assert sum(m > 1e-6 for m in margins) > 15  # else this test compares nothing
     monkeypatch.setenv("VTC_BACKEND", "triton")
@@ -204,6 +208,8 @@ def test_ragged_batches(mode, regime, lengths, d, kind, poison, dtype, scattered
     if mode == "mmr":
         importance = data(seed + 1, b, n).sigmoid()
         options |= {"importance": importance.masked_fill(~mask, poison), "balance": 0.5}
+    elif mode == "weights":
+        options["weights"] = data(seed + 1, b, n).relu().masked_fill(~mask, poison)
     elif mode != "isolated":
         options["start"] = torch.randint(0, n, (b,), generator=generator)  # padding, too
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -241,7 +247,7 @@ def test_length_does_not_matter(scale, monkeypatch):
 def test_batches_in_parts(mode, monkeypatch):
     force("resident", monkeypatch)
     x = data(3, 3, 20, 8)
-    options = {"importance": data(1, 3, 20).sigmoid()} if mode == "mmr" else {}
+    options = {PER_TOKEN[mode]: data(1, 3, 20).sigmoid()} if mode in PER_TOKEN else {}
     whole = check(mode, x, 7, monkeypatch, **options)
     monkeypatch.setattr(kernels, "RESIDENT", 2 * (4 * 128 * 128 + 3 * 128 * 128))
     assert torch.equal(check(mode, x, 7, monkeypatch, **options), whole)

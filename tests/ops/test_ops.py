@@ -15,7 +15,8 @@ from vtc import ops
 from vtc.ops import recursion
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
-MODES = ["isolated", "k_center", "max_sum", "mmr"]
+MODES = ["isolated", "k_center", "max_sum", "mmr", "weights"]
+PER_TOKEN = {"mmr": "importance", "weights": "weights"}  # what else is given for each token
 
 
 def data(seed: int, *shape: int, kind: str = "gauss") -> Tensor:
@@ -38,7 +39,10 @@ def run(mode: str, x: Tensor, k: int, **options) -> Tensor:
         return ops.farthest_first(x, k, start=options.pop("start", n // 2), **options)
     if mode == "max_sum":
         return ops.max_sum(x, k, options.pop("start", n // 2), **options)
-    importance = options.pop("importance", torch.linspace(0, 1, n).flip(0).expand(x.shape[:-1]))
+    falling = torch.linspace(0, 1, n).flip(0).expand(x.shape[:-1]).to(x.device)
+    if mode == "weights":
+        return ops.farthest_first(x, k, weights=options.pop("weights", falling), **options)
+    importance = options.pop("importance", falling)
     return ops.max_marginal_relevance(x, importance, k, options.pop("balance", 0.4), **options)
 
 
@@ -63,7 +67,7 @@ def naive(
         picks.append(order[0])
         margins.append(score[order[0]] - score[order[1]] if len(order) > 1 else math.inf)
 
-    if mode == "isolated":
+    if mode in ("isolated", "weights"):
         best({i: sorted(1 - s[j][i] for j in range(n))[min(1, n - 1)] for i in range(n)})
     elif mode == "mmr":
         best({i: importance[i].item() for i in range(n)})
@@ -77,7 +81,8 @@ def naive(
         elif mode == "mmr":
             best({i: balance * importance[i].item() - (1 - balance) * max(s[i][c] for c in picks) for i in rest})
         else:
-            best({i: min(1 - s[i][c] for c in picks) for i in rest})
+            weight = importance.tolist() if mode == "weights" else [1.0] * n
+            best({i: weight[i] * min(1 - s[i][c] for c in picks) for i in rest})
     return picks, margins
 
 
@@ -101,6 +106,8 @@ def test_picks_are_those_of_the_definition(mode, n, d, kind, part, seed):
     options = {"start": start} if mode in ("k_center", "max_sum") else {}
     if mode == "mmr":
         options = {"importance": importance, "balance": 0.3}
+    if mode == "weights":
+        options = {"weights": importance}
     got = run(mode, x, k, **options)
     expected, margins = naive(mode, x, k, start, importance, 0.3)
     assert got.dtype == torch.long
@@ -113,6 +120,8 @@ def test_picks_are_those_of_the_definition(mode, n, d, kind, part, seed):
 def test_a_real_size(mode):
     x, importance = data(5, 577, 64), data(6, 577, 1)[:, 0].sigmoid()
     options = {"importance": importance, "balance": 0.3} if mode == "mmr" else {}
+    if mode == "weights":
+        options = {"weights": importance}
     expected, margins = naive(mode, x, 48, 577 // 2, importance, 0.3)
     assert sum(m > 1e-6 for m in margins) > 40  # else this test compares nothing
     assert agree(run(mode, x, 48, **options), expected, margins, 1e-6)
@@ -153,11 +162,11 @@ def test_a_row_picks_the_same_alone_and_in_a_padded_batch(mode, lengths, d, kind
         importance[g, :m] = data(seed + g, m, 1)[:, 0].sigmoid()
     mask = torch.arange(n) < torch.tensor(lengths)[:, None]
     options = {"start": starts} if mode in ("k_center", "max_sum") else {}
-    if mode == "mmr":
-        options = {"importance": importance}
+    if mode in PER_TOKEN:
+        options = {PER_TOKEN[mode]: importance}
     batch = run(mode, x, n, mask=mask, **options)
     for g, m in enumerate(lengths):
-        alone = {"importance": importance[g, :m]} if mode == "mmr" else {}
+        alone = {PER_TOKEN[mode]: importance[g, :m]} if mode in PER_TOKEN else {}
         assert torch.equal(batch[g, :m], run(mode, x[g, :m], m, **alone))
         assert sorted(batch[g].tolist()) == list(range(n))
 
@@ -298,9 +307,26 @@ def test_importance_nan_counts_as_nothing():
     assert ops.max_marginal_relevance(torch.eye(3), importance, 3, balance=1.0).tolist() == [0, 2, 1]
 
 
+def test_equal_weights_change_nothing_and_odd_ones_are_tamed():
+    x = data(4, 30, 6)
+    assert torch.equal(ops.farthest_first(x, 30, weights=torch.full((30,), 0.5)), ops.farthest_first(x, 30))
+    odd = torch.tensor([math.nan, math.inf, -math.inf, -1.0, 3e38, 0.5] * 5)
+    tame = torch.tensor([0.0, 1e30, 0.0, 0.0, 1e30, 0.5] * 5)
+    picks = ops.farthest_first(x, 30, weights=odd)
+    assert sorted(picks.tolist()) == list(range(30))
+    assert torch.equal(picks, ops.farthest_first(x, 30, weights=tame))
+
+
+def test_the_first_pick_is_the_most_isolated_whatever_it_weighs():
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]])
+    assert ops.farthest_first(x, 3, weights=torch.tensor([1.0, 0.5, 0.0])).tolist() == [2, 0, 1]
+    assert ops.farthest_first(x, 3, start=1, weights=torch.tensor([1.0, 0.5, 0.001])).tolist() == [1, 0, 2]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        (lambda x: ops.farthest_first(x, 3, weights=torch.ones(6)), ValueError, ["weights (6,)", "(7, 3)"]),
         (lambda x: ops.farthest_first(x, 8), ValueError, ["8", "7"]),
         (lambda x: ops.farthest_first(x, 0), ValueError, ["0", "7"]),
         (lambda x: ops.max_sum(x, 3, 7), ValueError, ["start=7", "7"]),
@@ -328,6 +354,7 @@ def every_op(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     b = x.shape[0]
     return (
         ops.farthest_first(x, 4, mask=mask),
+        ops.farthest_first(x, 4, mask=mask, weights=x[..., 0].abs()),
         ops.max_sum(x, 4, torch.zeros(b, dtype=torch.long), mask=mask),
         ops.max_sum(x, 4, 1),
         ops.max_marginal_relevance(x, x[..., 0].sigmoid(), 4, mask=mask),

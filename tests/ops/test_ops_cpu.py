@@ -15,7 +15,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.ops import cpu, recursion
 
-MODES = ["isolated", "k_center", "mmr"]
+MODES = ["isolated", "k_center", "mmr", "weights"]
 KINDS = ["gauss", "shift", "coarse", "duplicates", "twins", "clusters", "one-hot", "same", "zeros"]
 SCALE = recursion.UNIT**-2
 
@@ -57,6 +57,8 @@ def run(mode: str, x: Tensor, k: int, balance: float = 0.4, mask: Tensor | None 
     if mode == "k_center":
         return ops.farthest_first(x, k, start=x.shape[-2] // 2, mask=mask)
     importance = torch.rand(x.shape[:-1], generator=torch.Generator().manual_seed(1))
+    if mode == "weights":
+        return ops.farthest_first(x, k, mask=mask, weights=importance.mul(8).round() / 8 * balance)
     return ops.max_marginal_relevance(x, importance.mul(8).round() / 8, k, balance, mask=mask)
 
 

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtc import ops
-from vtc.methods.base import Method, Reduction, Stage
+from vtc.methods.base import ModelFacts, Reduction, Stage
+from vtc.methods.centering import Centred
 from vtc.methods.registry import register_method
+from vtc.places import Entry
 from vtc.tokens import VisualTokens
 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(Method):
+class DivPrune(Centred):
     """Keep the tokens that are farthest apart (section 3.3, max-min diversity).
 
     1. Cosine distances between all tokens of an image, as they enter the language model.
@@ -29,6 +31,11 @@ class DivPrune(Method):
     (being duplicates, about one survives); ``newlines="keep"`` spares them, which kept the answers about places of
     our LLaVA-NeXT-shaped model (benchmarks/README.md).
 
+    ``centered=True`` is Cen-Prune: the distances of step 1 are those of centred rows, and from step 3 on a token's
+    distance is multiplied with its distinctiveness (:class:`vtc.methods.centering.Centred`). Published at 20, 10 and
+    5 % on Qwen2.5-VL-7B: 92.1 -> 94.5, 85.1 -> 88.9, 75.6 -> 80.5 % of the accuracy. It treats each crop of LLaVA-NeXT
+    by itself: ``vtc.Allocate(selector=vtc.DivPrune(centered=True))``.
+
     Defaults: the same for every family, no signal is needed. Published: ``keep=0.098`` for images (56 of LLaVA-1.5's
     576 tokens), 0.1 for video.
 
@@ -41,7 +48,12 @@ class DivPrune(Method):
 
     name: ClassVar[str] = "divprune"
 
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """At the entrance."""
+        return (Stage(Entry(), needs=self.geometry_needs),)
+
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 3; nested in the budget."""
         assert budget is not None
-        return Reduction(ops.farthest_first(tokens.features, max(budget), mask=tokens.mask))
+        rows, weights = self.geometry(tokens)
+        return Reduction(ops.farthest_first(rows, max(budget), mask=tokens.mask, weights=weights))

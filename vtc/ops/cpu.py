@@ -98,16 +98,19 @@ def most_isolated(z: Tensor, scale: float, mask: Tensor) -> int | None:
 
 
 @torch.autocast("cpu", enabled=False)
-def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int, k: int) -> Tensor:
+def lazy_picks(
+    z: Tensor, scale: float, base: Tensor, weight: Tensor, first: int, k: int, most: float = math.inf
+) -> Tensor:
     """Picks by ``base - weight * (largest cosine to a pick)``, the lowest index on ties.
 
     Args:
         z: float32 [N, d], integers.
         scale: makes cosines of products of rows.
         base: float32 [N].
-        weight: not negative.
+        weight: float32 [N], not negative.
         first: the first pick.
         k: 1 <= k <= N.
+        most: a greater cosine counts as this.
 
     Returns:
         LongTensor [k], pick order.
@@ -118,7 +121,7 @@ def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int,
     rows, exact_rows = z.new_empty(k, d), z.new_empty(k, d, dtype=torch.float64)  # of the picks
     picks[0], rows[0], exact_rows[0] = first, z[first], z[first]
     made, size = 1, PANEL
-    bound = base - (z @ z[first]).mul_(scale).sub_(error) * weight
+    bound = base - (z @ z[first]).mul_(scale).sub_(error).clamp_(max=most) * weight
     bound[first] = -math.inf
     known = torch.ones(n, dtype=torch.long, device=z.device)  # picks that the bound has seen
 
@@ -130,12 +133,12 @@ def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int,
         new = rows[int(known[panel].min()) : made]
         if len(new):
             cosine = (z[panel] @ new.mT).mul_(scale).amax(1)
-            bound[panel] = torch.minimum(bound[panel], base[panel] - (cosine - error) * weight)
+            bound[panel] = torch.minimum(bound[panel], base[panel] - (cosine - error).clamp_(max=most) * weight[panel])
             known[panel] = made
         panel = panel[bound[panel] >= rival]
 
         exact = z[panel].double()
-        score = base[panel] - _exact(exact, exact_rows[:made], scale).amax(1) * weight
+        score = base[panel] - _exact(exact, exact_rows[:made], scale).amax(1).clamp_(max=most) * weight[panel]
         score[bound[panel] == -math.inf] = -math.inf  # picked already
         bound[panel] = score
         ahead = ((score > rival) | ((score == rival) & (panel < rival_at))) & (score > -math.inf)
@@ -146,7 +149,9 @@ def lazy_picks(z: Tensor, scale: float, base: Tensor, weight: float, first: int,
         size = PANEL
 
         # Rounding keeps order, so the smallest of these is the score with the largest cosine.
-        with_pick = (base[panel] - _exact(exact, exact, scale) * weight).fill_diagonal_(-math.inf)
+        with_pick = (base[panel] - _exact(exact, exact, scale).clamp_(max=most) * weight[panel]).fill_diagonal_(
+            -math.inf
+        )
         chosen: list[int] = []
         at = panel.tolist()
         while made + len(chosen) < k:

@@ -5,6 +5,7 @@ With z_i the rows scaled to length one and S the tokens picked so far, every pic
     argmax over i not in S of   base_i - weight * penalty_i(S)
 
     farthest-first (DivPrune, ToDRE v1)   base 0                      penalty  max over c in S of z_i.z_c
+    the same, weighted (Cen-Prune)        base and weight w_i         penalty  max over c in S of z_i.z_c
     max-sum (ToDRE v2)                    base 0                      penalty  sum over c in S of z_i.z_c
     marginal relevance (IDPruner)         balance * importance_i      penalty  max over c in S of z_i.z_c
 
@@ -24,9 +25,17 @@ from vtc.ops import recursion
 from vtc.ops.backend import backend
 from vtc.values import shown
 
+HEAVIEST = 1e30
+"""The greatest weight of a token: twice as much is still finite."""
+
 
 def farthest_first(
-    features: Tensor, k: int, start: int | Tensor | None = None, *, mask: Tensor | None = None
+    features: Tensor,
+    k: int,
+    start: int | Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Farthest-first traversal under the cosine distance: each pick is the token farthest from those picked.
 
@@ -40,6 +49,8 @@ def farthest_first(
             everywhere). An int: that token of every row of the batch. LongTensor [B]: one for each row; its values
             are not checked, since that would wait for the device.
         mask: bool [N] or [B, N], False for padding, which is picked only when no other token is left.
+        weights: float [N] or [B, N]: each pick but the first is the token with the greatest weight times distance. The
+            first is the most isolated one whatever it weighs. NaN and what is negative count as 0.
 
     Returns:
         LongTensor [k] or [B, k], distinct indices in pick order.
@@ -48,7 +59,9 @@ def farthest_first(
         ValueError: k or start out of range, or shapes that do not fit.
         TypeError: features not of a float type, mask not bool, start not an integer.
     """
-    return _pick(features, k, mask, start=start)
+    if weights is not None and weights.shape != features.shape[:-1]:
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit features {tuple(features.shape)}")
+    return _pick(features, k, mask, start=start, weights=weights)
 
 
 def max_sum(features: Tensor, k: int, start: int | Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -95,6 +108,7 @@ def _pick(
     importance: Tensor | None = None,
     balance: float = 0.0,
     running_sum: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Check the arguments, give all of them a batch dimension, and have the picks made."""
     if features.ndim not in (2, 3):
@@ -108,7 +122,7 @@ def _pick(
         raise TypeError(f"mask must be bool, not {mask.dtype}")
     if mask is not None and mask.shape != features.shape[:-1]:
         raise ValueError(f"mask {tuple(mask.shape)} does not fit features {tuple(features.shape)}")
-    for name, given in (("mask", mask), ("importance", importance)):
+    for name, given in (("mask", mask), ("importance", importance), ("weights", weights)):
         if given is not None and given.device != features.device:
             raise ValueError(f"{name} is on {given.device}, features are on {features.device}; move one to the other")
 
@@ -129,8 +143,11 @@ def _pick(
     mask = x.new_ones(b, n, dtype=torch.bool) if mask is None else mask.reshape(b, n)
     if importance is not None:
         importance = importance.detach().reshape(b, n).float().nan_to_num(nan=0.0)
+    if weights is not None:
+        weights = weights.detach().reshape(b, n).float().nan_to_num(nan=0.0, posinf=HEAVIEST).clamp(0.0, HEAVIEST)
+        weights = weights.masked_fill(~mask, 0.0)
 
-    job = recursion.Job(x, k, mask, start, importance, balance, running_sum)
+    job = recursion.Job(x, k, mask, start, importance, balance, running_sum, weights)
     if backend(x.device) == "triton":
         from vtc.ops.kernels import greedy as kernels
 

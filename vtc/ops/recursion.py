@@ -33,6 +33,7 @@ CACHED = 32  # rows that stay in the cache while they are scaled
 UNIT = 127.0 * (1 + 256 + 65536)  # 8355711: three balanced digits of base 256
 LAZY_TOKENS = 1536  # with fewer, the lazy picks of vtc.ops.cpu cost more than they skip
 LAZY_SHARE = 1 / 4  # of the tokens picked; above it they skip too little
+MOST = 1.0  # of a cosine, where distances are weighted: one below 0 would favour what weighs least
 _PADDING = -1e30  # the base of a padding row: below every token, above what is picked already
 _LONE = -2.0  # the similarity of a token to its nearest neighbour when it has none
 
@@ -63,6 +64,7 @@ class Job:
         importance: float32 [B, N] without NaN, or None.
         balance: weight of the importance.
         running_sum: the penalty is a sum instead of a maximum.
+        weights: float32 [B, N], finite, at least 0, and 0 for padding: of each token's distance. None: 1 for all.
     """
 
     x: Tensor
@@ -72,6 +74,7 @@ class Job:
     importance: Tensor | None
     balance: float
     running_sum: bool
+    weights: Tensor | None = None
 
     @property
     def all_pairs(self) -> bool:
@@ -84,7 +87,8 @@ class Job:
             of = slice(at, at + size)
             start = None if self.start is None else self.start[of]
             importance = None if self.importance is None else self.importance[of]
-            yield replace(self, x=self.x[of], mask=self.mask[of], start=start, importance=importance)
+            weights = None if self.weights is None else self.weights[of]
+            yield replace(self, x=self.x[of], mask=self.mask[of], start=start, importance=importance, weights=weights)
 
 
 def picks(job: Job) -> Tensor:
@@ -109,10 +113,11 @@ def _picks(job: Job) -> Tensor:
         pick = first_max((-_nearest(similarity, mask)).masked_fill(~mask, _PADDING))
 
     picks = [pick]
+    most = MOST if job.weights is not None else None
     penalty: Tensor | None = None
     for _ in range(job.k - 1):
         base.scatter_(1, pick[:, None], -torch.inf)
-        row = similarity(pick)
+        row = similarity(pick).clamp(max=most) if most else similarity(pick)
         if penalty is None:
             penalty = row.to(z.dtype) if job.running_sum else row
         else:
@@ -122,10 +127,13 @@ def _picks(job: Job) -> Tensor:
     return torch.stack(picks, 1)
 
 
-def _terms(job: Job) -> tuple[Tensor, float]:
-    """Base of every token, float32 [B, N], and the weight of the penalty."""
-    if job.importance is None:
-        base, weight = torch.zeros(job.mask.shape, device=job.mask.device), 1.0
+def _terms(job: Job) -> tuple[Tensor, float | Tensor]:
+    """Base of every token, float32 [B, N], and the weight of the penalty, one for all or [B, N]."""
+    weight: float | Tensor = 1.0
+    if job.weights is not None:
+        base, weight = job.weights, job.weights
+    elif job.importance is None:
+        base = torch.zeros(job.mask.shape, device=job.mask.device)
     else:
         base, weight = job.balance * job.importance, 1.0 - job.balance
     return base.masked_fill(~job.mask, _PADDING), weight
@@ -157,7 +165,9 @@ def _lazy_picks(job: Job) -> Tensor:
     if first is None:
         return _picks(job)
     base, weight = _terms(job)
-    return cpu.lazy_picks(z, UNIT**-2, base[0], weight, first, job.k)[None]
+    if isinstance(weight, Tensor):
+        return cpu.lazy_picks(z, UNIT**-2, base[0], weight[0], first, job.k, MOST)[None]
+    return cpu.lazy_picks(z, UNIT**-2, base[0], torch.full_like(base[0], weight), first, job.k)[None]
 
 
 def _unit_integers(x: Tensor) -> Tensor:

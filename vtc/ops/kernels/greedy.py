@@ -70,6 +70,7 @@ def picks(job: Job) -> Tensor:
         mask=job.mask.contiguous().view(torch.uint8),
         start=None if job.start is None else job.start.contiguous(),
         importance=None if job.importance is None else job.importance.contiguous(),
+        weights=None if job.weights is None else job.weights.contiguous(),
     )
     resident = n <= GRAM_TOKENS and (job.all_pairs or n <= GRAM_ROWS_PER_PICK * k)
     tokens, width = _padded(n, d)
@@ -100,14 +101,14 @@ class _Launches:
         self.strides = job.x.stride()[:2]
         self.aligned = all(size % 16 == 0 for size in (self.d, *self.strides))
         self.weight = 1.0 - job.balance
-        self.mode = {"WEIGHTED": job.importance is not None, "SUM": job.running_sum}
+        self.mode = {"WEIGHTED": job.importance is not None, "EACH": job.weights is not None, "SUM": job.running_sum}
         self.length, self.first = self._empty(torch.int32), self._empty(torch.int32)
         self.scale = self._empty(torch.float64, self.n)
         self.base = self._empty(torch.float32, padded)
         self.nearest = self._empty(torch.float32, padded) if job.all_pairs else None
         begin[self.b,](
-            job.mask, job.importance, job.start, self.length, self.first, self.base, self.nearest, self.n, self.tiles,
-            job.balance, **_constants("begin"),
+            job.mask, job.importance, job.weights, job.start, self.length, self.first, self.base, self.nearest, self.n,
+            self.tiles, job.balance, **_constants("begin"),
         )  # fmt: skip
 
     def _empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -197,9 +198,9 @@ def _variants(hopper: bool) -> tuple[Variant, ...]:
         hopper: only those that are made on that chip alone.
     """
     types = {
-        "mask": "*u8", "importance": "*fp32", "start": "*i64", "length": "*i32", "first": "*i32", "base": "*fp32",
-        "nearest": "*fp32", "scale": "*fp64", "planes": "*i8", "matrix": "*fp32", "out": "*i64", "penalty": "*fp32",
-        "best": "*fp32", "best_at": "*i32", "balance": "fp32", "weight": "fp32",
+        "mask": "*u8", "importance": "*fp32", "weights": "*fp32", "start": "*i64", "length": "*i32", "first": "*i32",
+        "base": "*fp32", "nearest": "*fp32", "scale": "*fp64", "planes": "*i8", "matrix": "*fp32", "out": "*i64",
+        "penalty": "*fp32", "best": "*fp32", "best_at": "*i32", "balance": "fp32", "weight": "fp32",
     }  # fmt: skip
     found = []
 
@@ -224,11 +225,13 @@ def _variants(hopper: bool) -> tuple[Variant, ...]:
     if hopper:
         return tuple(found)
 
+    plain = dict.fromkeys(("WEIGHTED", "EACH", "SUM"), False)
     modes = {
-        "isolated": ({"importance": None, "start": None}, {"WEIGHTED": False, "SUM": False}),
-        "start": ({"importance": None, "nearest": None}, {"WEIGHTED": False, "SUM": False}),
-        "sum": ({"importance": None, "nearest": None}, {"WEIGHTED": False, "SUM": True}),
-        "mmr": ({"start": None, "nearest": None}, {"WEIGHTED": True, "SUM": False}),
+        "isolated": ({"importance": None, "weights": None, "start": None}, plain),
+        "weights": ({"importance": None, "start": None}, plain | {"EACH": True}),
+        "start": ({"importance": None, "weights": None, "nearest": None}, plain),
+        "sum": ({"importance": None, "weights": None, "nearest": None}, plain | {"SUM": True}),
+        "mmr": ({"weights": None, "start": None, "nearest": None}, plain | {"WEIGHTED": True}),
     }
     floats = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp64": "*fp64"}
     for mode, (arguments, flags) in modes.items():
@@ -245,6 +248,7 @@ def _variants(hopper: bool) -> tuple[Variant, ...]:
     add("bf16 scale", digits, {"ALIGNED": True} | _constants("digits", width=4096), x="*bf16", planes=None)
     wide = {"ALIGNED": True} | _constants("step", tokens=16384)
     add("sum bf16 16384", step, wide | modes["sum"][1], x="*bf16", penalty="*fp64", best="*fp64")
+    add("weights bf16 16384", step, wide | modes["weights"][1], x="*bf16")
     add("mmr bf16 16384", step, wide | modes["mmr"][1], x="*bf16")
     add("", isolated, _constants("isolated"))
     return tuple(found)

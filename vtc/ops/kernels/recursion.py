@@ -25,6 +25,7 @@ _UNIT = tl.constexpr(recursion.UNIT)
 _UNIT_SQUARED = tl.constexpr(recursion.UNIT**-2)
 _PADDING = tl.constexpr(recursion._PADDING)
 _LONE = tl.constexpr(recursion._LONE)
+_MOST = tl.constexpr(recursion.MOST)
 _INFINITY = tl.constexpr(float("inf"))
 _ROUND = tl.constexpr(1.5 * 2.0**52)  # added and taken away again, it rounds float64 to integers, ties to even
 _EXPONENT = tl.constexpr(0x7FF0000000000000)
@@ -39,7 +40,7 @@ def _integers(values, scale):
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "balance"])
-def begin(mask, importance, start, length, first, base, nearest, n, tiles, balance, BLOCK: tl.constexpr):
+def begin(mask, importance, weights, start, length, first, base, nearest, n, tiles, balance, BLOCK: tl.constexpr):
     """An image's base, how far its tokens go, and its first pick if that needs no similarity. One program each."""
     image = tl.program_id(0).to(tl.int64)
     padded = tiles * PAD_TOKENS
@@ -57,7 +58,10 @@ def begin(mask, importance, start, length, first, base, nearest, n, tiles, balan
             better = score > best
             best = tl.where(better, score, best)
             best_at = tl.where(better, token, best_at)
-        value = tl.where(token < n, tl.where(real, balance * value, _PADDING), -_INFINITY)
+        value = balance * value
+        if weights is not None:
+            value = tl.load(weights + image * n + token, token < n, 0.0)
+        value = tl.where(token < n, tl.where(real, value, _PADDING), -_INFINITY)
         tl.store(base + image * padded + token, value, token < padded)
         if nearest is not None:
             tl.store(nearest + image * padded + token, tl.full((BLOCK,), _LONE, tl.float32), token < padded)
@@ -208,10 +212,20 @@ def _isolated(base, nearest, token, padded, BLOCK: tl.constexpr):
     return tl.where(value > _PADDING, -near, value), value
 
 
+@triton.jit
+def _score(value, penalty, weight, WEIGHTED: tl.constexpr, EACH: tl.constexpr):
+    """Base minus weighted penalty. With EACH a token weighs as much as its base says; padding and picks keep theirs."""
+    if EACH:
+        score = value - tl.where(value > _PADDING, value, 0.0) * tl.minimum(penalty, _MOST)
+    else:
+        score = value - weight * penalty if WEIGHTED else value - penalty
+    return score
+
+
 @triton.jit(do_not_specialize=["tiles", "k", "weight"])
 def loop(
     matrix, length, base, nearest, first, out, tiles, k, weight,
-    WEIGHTED: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr, EACH: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All picks of one image, whose similarities are known."""
     image = tl.program_id(0).to(tl.int64)
@@ -235,7 +249,7 @@ def loop(
             penalty += row.to(tl.float64)
         else:
             penalty = tl.maximum(penalty, row)
-        pick = tl.argmax(value - weight * penalty if WEIGHTED else value - penalty, 0)
+        pick = tl.argmax(_score(value, penalty, weight, WEIGHTED, EACH), 0)
         tl.store(out + image * k + j, pick.to(tl.int64))
 
 
@@ -261,7 +275,7 @@ def isolated(base, nearest, first, n, tiles, BLOCK: tl.constexpr):
 def step(
     x, scale, length, base, penalty, first, best, best_at, out,
     n, d, tiles, batch_stride, row_stride, weight, j, k,
-    ALIGNED: tl.constexpr, WEIGHTED: tl.constexpr, SUM: tl.constexpr,
+    ALIGNED: tl.constexpr, WEIGHTED: tl.constexpr, EACH: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Pick j, the state of a block of rows after it, and the best of the block for pick j + 1.
@@ -313,7 +327,7 @@ def step(
     else:
         state = tl.maximum(state, row)
     tl.store(penalty + ((j + 1) % 2) * images * padded + here, state)
-    score = value - weight * state if WEIGHTED else value - state
+    score = _score(value, state, weight, WEIGHTED, EACH)
     top = tl.max(score, 0)
     at = (((j + 1) % 2) * images + image) * blocks + block
     tl.store(best + at, top)
