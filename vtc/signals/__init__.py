@@ -13,15 +13,27 @@ from vtc.signals.share import Share
 from vtc.signals.states import ProjectorInput, TowerFeatures
 from vtc.signals.text import Text
 from vtc.signals.transitions import Transitions
+from vtc.signals.wide import ClsWide, KeysWide
 
-TOWER_SIGNALS: tuple[type[TowerSignal], ...] = (Cls, ClsLogits, Received, TowerKeys, TowerFeatures, ProjectorInput)
+TOWER_SIGNALS: tuple[type[TowerSignal], ...] = (
+    Cls,
+    ClsLogits,
+    ClsWide,
+    Received,
+    TowerKeys,
+    KeysWide,
+    TowerFeatures,
+    ProjectorInput,
+)
 """What a vision tower may give."""
 
 __all__ = [
     "TOWER_SIGNALS",
     "Cls",
     "ClsLogits",
+    "ClsWide",
     "DecoderSignal",
+    "KeysWide",
     "LayerKeys",
     "ProjectorInput",
     "PromptSignal",
