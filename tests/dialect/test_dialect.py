@@ -35,6 +35,7 @@ INSIDES = {
     *("is_compileable", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"),
     *("modeling_layers", "GradientCheckpointingLayer", "gradient_checkpointing", "num_kv_shared_layers"),
     *("input_layernorm", "apply_rotary_pos_emb", "get_llama_4_attn_scale", "attn_logit_softcapping"),
+    *("cu_seqlens", "cu_seq_lens_q", "qkv", "apply_rotary_pos_emb_vision", "get_vision_window_index"),
     *("pooler_output", "get_base_model", "peft_config", "get_decoder", "base_model", "mrope_section"),
 }
 IN_THE_ENGINE = {

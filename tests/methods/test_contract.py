@@ -389,7 +389,7 @@ def test_tower_signals_are_those_of_an_eager_pass(family: str, signal: Any, monk
     layers = getattr(tower, "vision_model", tower).encoder
     layer = (layers.layers if hasattr(layers, "layers") else layers.layer)[signal.layer]
     if isinstance(signal, Received):
-        patches = output.attentions[-2].mean(1).mean(1)[:, 1:, None]
+        patches = output.attentions[-2].mean(1).sum(1)[:, 1:, None]
     elif isinstance(signal, TowerFeatures):
         patches = output.hidden_states[-2][:, 1:]
     else:

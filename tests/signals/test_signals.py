@@ -332,7 +332,7 @@ def test_attention_is_left_alone(name: str) -> None:
     check_attention_is_left_alone(model_of(name), batch_of(name))
 
 
-def attends_eagerly(self: Cls, tower: Any, module: nn.Module, hidden: Tensor) -> Tensor:
+def attends_eagerly(self: Cls, tower: Any, module: nn.Module, hidden: Tensor, heard: Any) -> Tensor:
     """The row by a second pass of the layer, switched to the implementation that returns weights, and back."""
     module.config._attn_implementation, before = "eager", module.config._attn_implementation
     weights = module.forward(hidden)[1]
@@ -340,7 +340,7 @@ def attends_eagerly(self: Cls, tower: Any, module: nn.Module, hidden: Tensor) ->
     return weights.mean(1)[:, 0, 1:]
 
 
-def attends_again(self: Cls, tower: Any, module: nn.Module, hidden: Tensor) -> Tensor:
+def attends_again(self: Cls, tower: Any, module: nn.Module, hidden: Tensor, heard: Any) -> Tensor:
     """A second pass in the configured implementation."""
     module.forward(hidden)
     return REAL_ROW(module, hidden)

@@ -19,6 +19,7 @@ from transformers import modeling_layers
 
 from vtc.dialect.arguments import HIDDEN, POSITIONS
 from vtc.dialect.compilers import uncompiled
+from vtc.dialect.towers import beside
 
 # Newer releases checkpoint a layer's forward and leave the hooks outside; older ones its __call__.
 CHECKPOINTS_HOOKS = "__call__" in modeling_layers.GradientCheckpointingLayer.__dict__
@@ -122,10 +123,39 @@ def _norm(attention: nn.Module | None, side: str) -> Callable[[Tensor], Tensor] 
 
 
 def project_in_tower(attention: nn.Module, x: Tensor, side: str) -> Tensor:
-    """The same of a vision tower, which rotates nothing; its norm (InternViT) runs over all heads."""
+    """The same of a vision tower, before any rotation; its norm (InternViT) runs over all heads."""
+    if hasattr(attention, "qkv"):
+        return _fused(attention, x)["qk".index(side)]
     y, normalise = getattr(attention, f"{side}_proj")(x), _norm(attention, side)
-    heads = (attention.num_heads, -1) if hasattr(attention, "num_heads") else (-1, attention.head_dim)
-    return (y if normalise is None else normalise(y)).unflatten(-1, heads).transpose(1, 2)
+    return (y if normalise is None else normalise(y)).unflatten(-1, _heads(attention)).transpose(1, 2)
+
+
+def attending_in_tower(attention: nn.Module, x: Tensor, rotary: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a vision tower as they meet: [B, T, d] → two of [B, heads, T, dh].
+
+    Args:
+        attention: of a layer.
+        x: what enters it.
+        rotary: cos and sin, each [T, r], where it turns them.
+    """
+    both = _fused(attention, x)[:2] if hasattr(attention, "qkv") else [project_in_tower(attention, x, s) for s in "qk"]
+    query, key = both
+    if not rotary:
+        return query, key
+    turn = beside(attention, "apply_rotary_pos_emb_vision", "apply_rotary_pos_emb")  # the other may be the decoder's
+    turned = [turn(q, k, *rotary) for q, k in zip(query.transpose(1, 2), key.transpose(1, 2), strict=True)]
+    query, key = (torch.stack(each).transpose(1, 2) for each in zip(*turned, strict=True))
+    return query, key
+
+
+def _fused(attention: Any, x: Tensor) -> Tensor:
+    """[3, B, heads, T, dh] of the one projection that some have for queries, keys and values."""
+    return attention.qkv(x).unflatten(-1, (3, *_heads(attention))).movedim(-3, 0).transpose(2, 3)
+
+
+def _heads(attention: Any) -> tuple[int, int]:
+    """To unflatten a projection with."""
+    return (attention.num_heads, -1) if hasattr(attention, "num_heads") else (-1, attention.head_dim)
 
 
 def _rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, whole: bool) -> Tensor:

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtc.dialect.arguments import EMBEDS, IDS, MASK, POSITIONS, USE_CACHE, Arguments, Spelling
+from vtc.dialect.arguments import EMBEDS, ENDS, IDS, MASK, POSITIONS, ROTARY, USE_CACHE, Arguments, Spelling
 from vtc.dialect.attention import hidden_states, self_attention, set_self_attention
 from vtc.dialect.compilers import uncompiled
 from vtc.dialect.masks import set_window
 from vtc.dialect.modules import set_attention
+from vtc.dialect.towers import Heard, spelling
 
 TOKENS, WINDOW = 6, 3
 """How long the prompts of a trial are, and how far layers with a sliding window look back in them."""
@@ -212,14 +214,48 @@ class Trial:
         return cls(trial, call, hidden_states(heard.args, heard.kwargs), weights)
 
 
-def attend(attention: Any) -> tuple[nn.Module, Tensor, Tensor | None]:
-    """A stand-in of an attention that takes nothing but hidden states, as those of vision towers do.
+def attend(attention: Any, masked: bool) -> tuple[nn.Module, Tensor, Heard, list[Tensor]]:
+    """A stand-in of a vision tower's attention, called with random numbers: hidden states, and as far as it takes them
+    a rotary embedding and where sequences end.
+
+    Args:
+        attention: is left as it is.
+        masked: give it a mask too, if it takes no ends.
 
     Returns:
-        It; random hidden states [1, T, d]; and the attention [1, H, T, T] that it computed of them, or ``None``.
+        It; the hidden states [1, T, d]; what else it was called with; and the attention that it computed,
+        [1, H, n, n] of each sequence.
     """
-    trial = stand_in(attention)
-    width, random = attention.q_proj.in_features, torch.Generator("cpu").manual_seed(0)
+    trial, random = stand_in(attention), torch.Generator("cpu").manual_seed(0)
+    takes = spelling(attention)
+    width = (attention.qkv if hasattr(attention, "qkv") else attention.q_proj).in_features
     hidden = torch.randn(1, TOKENS, width, generator=random, dtype=torch.float32)
-    _, weights, *_ = trial(hidden)
-    return trial, hidden, weights
+    call = takes.bind((), {})
+    if takes.name(ROTARY) is not None:
+        angles = torch.randn(TOKENS, attention.head_dim, generator=random, dtype=torch.float32)
+        call[ROTARY] = (angles.cos(), angles.sin())
+    packed = takes.name(ENDS) is not None
+    if packed:
+        call[ENDS] = torch.tensor([0, 2, TOKENS])
+    elif masked and takes.name(MASK) is not None:
+        apart = torch.zeros(TOKENS, TOKENS, dtype=torch.float32)
+        apart[:2, 2:] = apart[2:, :2] = torch.finfo(torch.float32).min
+        call[MASK] = apart[None, None]
+    with _Maps() as maps:
+        returned = trial(hidden[0] if packed else hidden, **call.named)
+    told = [x for x in returned[1:2] if isinstance(x, Tensor)] if isinstance(returned, tuple) else []
+    return trial, hidden, Heard.of(trial, (hidden,), call.named), told or maps.found
+
+
+class _Maps(TorchDispatchMode):
+    """Notes every softmax: attention that is computed eagerly, and handed out or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "softmax" in func.__name__:
+            self.found.append(result)
+        return result

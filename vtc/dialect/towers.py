@@ -1,12 +1,18 @@
-"""Vision towers: their layers, the attention in them, the special tokens in front of the patches."""
+"""Vision towers: their layers, the attention in them, what it is called with, and the order of the patches."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from vtc.dialect.arguments import ENDS, MASK, ROTARY, Spelling
 from vtc.dialect.compilers import uncompiled
 
 
@@ -17,33 +23,136 @@ class Tower:
     Attributes:
         layers: in order.
         special: tokens in front of the patches (1 with a CLS token, 0 without).
-        rotates: attention turns queries and keys by their places, or works in windows: it cannot be recomputed from
-            the input of a layer alone.
+        packed: the patches of all pictures stand in one row, which attention then cuts.
         projector: where a patch becomes a token of the language model, if one does by itself.
     """
 
     layers: tuple[nn.Module, ...]
     special: int
-    rotates: bool = False
+    packed: bool = False
     projector: nn.Module | None = None
 
     @classmethod
     def of(cls, tower: nn.Module | None, projector: nn.Module | None = None) -> Tower | None:
-        """A tower as CLIP, SigLIP and InternViT build it, ``None`` of what has no such layers."""
+        """A tower as CLIP, SigLIP, InternViT, Pixtral and the Qwen-VL line build it, ``None`` of what has no such
+        layers.
+        """
         tower = getattr(tower, "vision_model", tower)
         embeddings, encoder = getattr(tower, "embeddings", None), getattr(tower, "encoder", None)
         layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
-        if embeddings is None or not layers:
-            return None
-        has_cls = (getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token"))
-        return cls(tuple(map(uncompiled, layers)), int(any(has_cls)), projector=projector)
+        if embeddings is not None and layers:
+            has_cls = (getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token"))
+            return cls(tuple(map(uncompiled, layers)), int(any(has_cls)), projector=projector)
+        rows = getattr(tower, "blocks", None) or getattr(getattr(tower, "transformer", None), "layers", None)
+        return cls(tuple(map(uncompiled, rows)), 0, packed=True) if rows else None
 
     def attention(self, layer: int) -> nn.Module | None:
-        """The attention of a layer, where it has projections of its own for queries and keys."""
+        """The attention of a layer, where it has projections of its own for queries and keys, or one for both."""
         found = self.layers[layer]
-        attention = uncompiled(getattr(found, "self_attn", getattr(found, "attention", None)))
-        return attention if hasattr(attention, "q_proj") and hasattr(attention, "k_proj") else None
+        names = (name for name in ("self_attn", "attention", "attn") if hasattr(found, name))
+        attention = uncompiled(getattr(found, next(names, ""), None))
+        has_both = hasattr(attention, "q_proj") and hasattr(attention, "k_proj")
+        return attention if has_both or hasattr(attention, "qkv") else None
 
+
+@dataclass(frozen=True)
+class Heard:
+    """What an attention of a tower is called with beside the hidden states.
+
+    Attributes:
+        rotary: cos and sin, each [T, r]; nothing where queries and keys are not turned.
+        mask: as it came: [B or 1, 1, T or 1, T], bool or added to the products, or [B, T]; ``None``: all see all.
+        ends: [n + 1], from 0: where the sequences end that share a row; ``None``: each row is one.
+    """
+
+    rotary: tuple[Tensor, ...] = ()
+    mask: Any = None
+    ends: Tensor | None = None
+
+    @classmethod
+    def of(cls, attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Heard:
+        """The arguments of a call, by their roles."""
+        call = spelling(attention).bind((attention, *args), kwargs)
+        return cls(tuple(call[ROTARY] or ()), call[MASK], call[ENDS])
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Bool [B or 1, 1, T or 1, T]: True where a row sees a column."""
+        if self.mask is None:
+            return None
+        if not isinstance(self.mask, Tensor):
+            raise NotImplementedError(
+                f"what a vision tower attends to cannot be read off its {type(self.mask).__name__}; load the model "
+                "with attn_implementation='sdpa' or 'eager'"
+            )
+        seen = self.mask >= 0 if self.mask.is_floating_point() else self.mask.bool()  # added: 0, or close to -inf
+        return seen[:, None, None] if seen.dim() == 2 else seen
+
+    def sequences(self, length: int) -> list[Tensor]:
+        """The columns of the sequences that share a row of ``length``: LongTensors [sequences, n], one for each n.
+
+        Waits for the device, as towers do themselves to cut their rows.
+        """
+        assert self.ends is not None
+        ends = self.ends.tolist()
+        if ends[0] != 0 or ends[-1] != length:
+            raise ValueError(f"sequences that end at {ends} do not fill a row of {length} patches")
+        starts: dict[int, list[int]] = {}
+        for start, end in itertools.pairwise(ends):
+            starts.setdefault(end - start, []).append(start)
+        found = [torch.tensor(of_length)[:, None] + torch.arange(n) for n, of_length in starts.items() if n]
+        return [columns.to(self.ends.device, non_blocking=True) for columns in found]
+
+
+def beside(module: nn.Module, *names: str) -> Any:
+    """The function of the first of these names, where a module's class or one that it derives from is defined."""
+    places = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules]
+    return next((place[name] for name in names for place in places if name in place), None)
+
+
+def spelling(module: nn.Module) -> Spelling:
+    """How a class of modules spells its arguments, itself the first."""
+    return _spelling(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _spelling(kind: Any) -> Spelling:
+    return Spelling(kind.forward, kind.__name__)
+
+
+# ------------------------------------------------------------------------------------------------- the order of patches
+
+
+def reorders(tower: Any) -> bool:
+    """Whether patches stand window by window inside a tower (Qwen2.5-VL): its pictures are cut into windows."""
+    return hasattr(getattr(tower, "config", None), "window_size") or hasattr(tower, "window_size")
+
+
+def knows_order(tower: Any) -> bool:
+    """Whether patches keep their order, or the tower's own function says where they go."""
+    return not reorders(tower) or _window_index(tower) is not None
+
+
+def places(tower: Any, grids: Tensor) -> Tensor | None:
+    """Where each unit of merged patches stands inside a tower: LongTensor [units] in raster order; ``None``: there too.
+
+    Args:
+        tower: the tower.
+        grids: [pictures, 3], times, rows and columns of patches.
+    """
+    if not reorders(tower):
+        return None
+    find, config = _window_index(tower), tower.config
+    assert find is not None  # or it was refused
+    inside, _ = find(grids, config.spatial_merge_size, config.window_size, config.patch_size)
+    return inside.argsort()
+
+
+def _window_index(tower: nn.Module) -> Any:
+    return beside(tower, "get_vision_window_index")
+
+
+# ------------------------------------------------------------------------------------------------------ where they are
 
 TOWERS = ("vision_tower", "image_tower", "visual", "vision_model")
 """Attributes of a base model that are a vision tower."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.dialect import attention as inner
 from vtc.dialect import standins
@@ -21,6 +21,7 @@ from vtc.dialect.arguments import HIDDEN, POSITIONS, ROTARY
 from vtc.dialect.masks import attention_kinds, last_layer_before_reuse, shared_layers, window_of
 from vtc.dialect.releases import running_release
 from vtc.dialect.standins import Trial
+from vtc.dialect.towers import Tower
 from vtc.engine.rows import AttentionRows
 from vtc.errors import UnsupportedModelError
 from vtc.methods.stages import Step
@@ -30,6 +31,7 @@ from vtc.ops.backend import plain
 from vtc.places import Layer
 from vtc.signals import DecoderSignal, TowerSignal
 from vtc.signals.cls import cls_row
+from vtc.signals.received import received
 
 TOLERANCE = 1e-4
 """Of attention, which is at most 1, in float32."""
@@ -89,19 +91,31 @@ def recipes(parts: Parts, layers: Collection[int]) -> dict[int, inner.Recipe]:
 def unfit_tower(adapter: Adapter, parts: Parts, signals: Collection[TowerSignal]) -> str | None:
     """Why attention in the tower that these signals are made of cannot be recomputed, ``None`` if it can."""
     tried = [signal for signal in signals if signal.recomputes]
-    towers = [adapter.tower(parts.base, modality) for modality in MODALITIES]
-    found = (signal.of(tower) for signal in tried for tower in towers)
-    for attention in {module for module in found if module is not None}:
+    towers = [tower for modality in MODALITIES if (tower := adapter.tower(parts.base, modality)) is not None]
+    found = {module: tower for tower in towers for signal in tried if (module := signal.of(tower)) is not None}
+    for attention, tower in found.items():
         fault = "is not what vtc recomputes"
         try:
             with _quietly():
-                trial, hidden, weights = standins.attend(attention)
-                if _apart(cls_row(trial, hidden), _told(weights).mean(1)[:, 0, 1:]) < TOLERANCE:
-                    continue
+                apart = _tower_apart(tower, attention)
+            if apart < TOLERANCE:
+                continue
+            fault += f": what tokens receive differs by up to {apart:.2g}"
         except Exception as error:
             fault = f"could not be tried out on a stand-in of it ({_first_line(error)})"
         return f"what is attended to in its {type(attention).__name__} {fault}. {running_release()}"
     return None
+
+
+def _tower_apart(tower: Tower, attention: nn.Module) -> float:
+    """By how much a tower's attention differs from ours: what tokens receive, and the CLS row where there is one."""
+    trial, hidden, heard, maps = standins.attend(attention, masked=not tower.special)
+    told = [_told(weights).mean(1) for weights in maps]
+    theirs = torch.cat([rows.sum(1) for rows in told], 1) if told else _told(None)
+    apart = _apart(received(trial, hidden, heard), theirs)
+    if tower.special:
+        apart = max(apart, _apart(cls_row(trial, hidden), told[0][:, 0, 1:]))
+    return apart
 
 
 def _recipe(parts: Parts, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inner.Recipe:

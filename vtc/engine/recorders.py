@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from vtc.dialect import attention
-from vtc.dialect.towers import Tower
+from vtc.dialect.towers import Heard, Tower
 from vtc.engine.context import Recording, current, during
 from vtc.models import Adapter, Parts
 from vtc.models.base import MODALITIES
@@ -57,7 +57,9 @@ class Recorder:
             hidden = attention.hidden_states(args, kwargs)
         else:
             hidden = output[0] if isinstance(output, tuple) else output
-        found.setdefault(self.signal, []).append(self.signal.read(self.tower, self.module, hidden.detach()))
+        hidden = hidden.detach() if hidden.dim() == 3 else hidden.detach()[None]
+        heard = Heard.of(self.module, args, kwargs)
+        found.setdefault(self.signal, []).append(self.signal.read(self.tower, self.module, hidden, heard))
 
 
 def recorders(

@@ -99,7 +99,7 @@ class ModelFamily:
     Attributes:
         model_type: of transformers' configs.
         modalities: those that are tested.
-        signals: CLS signals that its vision tower gives as a rule.
+        signals: of attention in its vision tower, as far as it gives them as a rule.
         notes: what is particular about it.
     """
 
@@ -232,9 +232,15 @@ def list_models() -> list[str]:
 def families() -> list[ModelFamily]:
     """The same with what is known of them."""
     return [
-        ModelFamily(name, adapter.families[name], ("cls", "cls_logits") if adapter.has_cls else (), adapter.notes)
+        ModelFamily(name, adapter.families[name], _looks(adapter), adapter.notes)
         for name, adapter in sorted(_REGISTRY.items())
     ]
+
+
+def _looks(adapter: Adapter) -> tuple[str, ...]:
+    """``cls`` where there is a CLS token, ``received`` where the adapter finds a tower at all."""
+    finds = type(adapter).tower is not Adapter.tower
+    return ("cls", "cls_logits") * adapter.has_cls + ("received",) * finds
 
 
 def adapter_of(model_type: str | None) -> Adapter:

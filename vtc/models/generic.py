@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vtc.dialect.towers import Tower
 from vtc.feed import Feed, Picture
+from vtc.models import clip, units
 from vtc.models import pictures as sizes
 from vtc.models.base import Adapter, Parts, register_model, square
 from vtc.tokens import Layout
@@ -27,6 +30,18 @@ class Plain(Adapter):
         grids = [(int(h) // cell, int(w) // cell) for h, w in torch.as_tensor(image_sizes).tolist()]
         return [Layout.plain(n, g if g[0] * g[1] == n else None) for n, g in zip(lengths, grids, strict=True)]
 
+    def tower(self, base: Any, modality: str) -> Tower | None:
+        return Tower.of(base.vision_tower)
+
+    def per_token(
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Pixtral sees all pictures in one row; a token is made of a square of patches."""
+        patch, unit = base.config.vision_config.patch_size, base.config.spatial_merge_size
+        grids = [(int(h) // patch, int(w) // patch) for h, w in torch.as_tensor(arguments["image_sizes"]).tolist()]
+        pictures = units.split(values, [rows * columns for rows, columns in grids])
+        return [units.pooled(one[None], grid, unit)[0] for one, grid in zip(pictures, grids, strict=True)]
+
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
         return sizes.pixtral(parts, picture, settings)
 
@@ -41,6 +56,17 @@ class Tiles(Adapter):
     def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         each = base.image_seq_len
         return [Layout.plain(each, square(each)) for _ in range(sum(lengths) // each)]
+
+    def tower(self, base: Any, modality: str) -> Tower | None:
+        return Tower.of(base.vision_model)
+
+    def per_token(
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        side = square(values.shape[1])
+        if side is None:
+            raise ValueError(f"{values.shape[1]} patches per tile are no square grid to shuffle")
+        return list(units.pooled(values, side, base.config.scale_factor))
 
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
         from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
@@ -69,6 +95,19 @@ class PrefixLM(Adapter):
     families = {"gemma3": ("image",), "paligemma": ("image",)}
     notes = "image tokens attend in both directions; kept ones still do"
 
+    def tower(self, base: Any, modality: str) -> Tower | None:
+        return Tower.of(base.vision_tower)
+
+    def per_token(
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """One to one in PaliGemma; Gemma3 pools squares of patches."""
+        length = layouts[0].length
+        grid, tokens = square(values.shape[1]), square(length)
+        if length == values.shape[1] or grid is None or tokens is None:
+            return clip.one_to_one(values, layouts)
+        return list(units.pooled(values, grid, grid[0] // tokens[0]))
+
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
         side = sizes.side(parts)
         each = parts.config.mm_tokens_per_image if parts.config.model_type == "gemma3" else side**2
@@ -80,6 +119,7 @@ class Gemma4(PrefixLM):
     """Pictures of any shape: a square number of tokens is no square."""
 
     families = {"gemma4": ("image",)}
+    tower = Adapter.tower  # it turns places in two dimensions, and pads: not matched yet
 
     def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:
         return [Layout.plain(n) for n in lengths]

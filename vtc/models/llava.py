@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vtc.dialect.towers import Tower
 from vtc.feed import Feed, Picture
-from vtc.models import clip
+from vtc.models import clip, units
 from vtc.models import pictures as sizes
 from vtc.models.base import Adapter, Parts, register_model, square
 from vtc.tokens import Layout, Segment
@@ -40,6 +40,9 @@ class Llava(Adapter):
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
+        tower = self.tower(base, modality)
+        if tower is not None and tower.packed:
+            return units.split(values, [layout.length for layout in layouts])
         return clip.one_to_one(values, layouts)
 
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
@@ -231,9 +234,7 @@ class LlavaNextVideo(_AnyRes):
         side = square(values.shape[1])
         if side is None:
             raise ValueError(f"{values.shape[1]} patches per frame are no square grid to pool")
-        channels = values.flatten(2) if values.dim() > 2 else values[..., None]
-        pooled = nn.functional.avg_pool2d(channels.mT.unflatten(-1, side), stride).flatten(2).mT
-        return list(pooled.reshape(len(layouts), -1, *values.shape[2:]))
+        return list(units.pooled(values, side, stride).reshape(len(layouts), -1, *values.shape[2:]))
 
 
 @register_model
@@ -244,6 +245,17 @@ class LlavaOnevision(_AnyRes):
     notes = "thumbnail, crops and newlines; SigLIP has no CLS; one newline ends a video"
     has_cls = False
     video_newline = True
+
+    def per_token(
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        if modality == "image":
+            return super().per_token(base, modality, values, layouts, arguments)
+        frames = base.apply_pooling(values if values.dim() > 2 else values[..., None])  # the model's own, bilinear
+        videos = frames.reshape(len(layouts), -1, *values.shape[2:])
+        behind = (0, 0) * (values.dim() - 2)
+        newlines = [layout.length - videos.shape[1] for layout in layouts]
+        return [nn.functional.pad(v, (*behind, 0, n)) for v, n in zip(videos, newlines, strict=True)]
 
 
 @register_model

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vtc.dialect.towers import Tower, knows_order, places
 from vtc.feed import Feed, Picture
+from vtc.models import units
 from vtc.models.base import Adapter, Parts, register_model
 from vtc.tokens import Kind, Layout, Segment
 
@@ -50,6 +53,20 @@ class Grids(Adapter):
             )
             for t, rows, columns in sizes
         ]
+
+    def tower(self, base: Any, modality: str) -> Tower | None:
+        return Tower.of(base.visual) if knows_order(base.visual) else None
+
+    def per_token(
+        self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Patches come unit by unit; in Qwen2.5-VL units come window by window."""
+        unit = base.config.vision_config.spatial_merge_size**2
+        means = values.unflatten(1, (-1, unit)).mean(2)
+        order = places(base.visual, torch.as_tensor(arguments[f"{modality}_grid_thw"]))
+        if order is not None:
+            means = means[:, order.to(means.device, non_blocking=True)]
+        return units.split(means, [layout.length for layout in layouts])
 
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
         from transformers.models.glm46v.image_processing_pil_glm46v import smart_resize as resize_video

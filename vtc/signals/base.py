@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vtc.dialect.towers import Tower
+    from vtc.dialect.towers import Heard, Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +66,15 @@ class TowerSignal(Signal):
         """What it reads, ``None`` where this tower has no such thing."""
 
     @abstractmethod
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """Make the signal.
 
         Args:
             tower: the tower.
             module: from :meth:`module`.
-            hidden: [pictures, special + patches, width], what enters the module, or leaves it (see ``reads``).
+            hidden: [pictures, special + patches, width], what enters the module, or leaves it (see ``reads``); of a
+                packed tower [1, patches of all pictures, width].
+            heard: what the module is called with beside it: rotary embedding, mask, where sequences end.
 
         Returns:
             float32 [pictures, patches], or [pictures, patches, c]: special tokens (CLS) left out.

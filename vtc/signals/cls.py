@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vtc.dialect import attention as inner
-from vtc.dialect.towers import Tower
+from vtc.dialect.towers import Heard, Tower
 from vtc.signals.base import TowerSignal
 
 
@@ -24,7 +24,7 @@ class Cls(TowerSignal):
         """The layer's attention."""
         return tower.attention(self.layer)
 
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """One row of products; memory is O(patches)."""
         return cls_row(module, hidden)
 
@@ -35,7 +35,7 @@ class ClsLogits(Cls):
 
     kind: ClassVar[str] = "cls_logits"
 
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """As :class:`Cls`."""
         return cls_logit_row(module, hidden)
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vtc.dialect import attention as inner
-from vtc.dialect.towers import Tower
+from vtc.dialect.towers import Heard, Tower
 from vtc.signals.base import DecoderSignal, LayerView, TowerSignal
 
 
@@ -17,12 +17,13 @@ class TowerKeys(TowerSignal):
     """What a layer's key projection makes of a patch, averaged over heads: [G, N, dh], before any rotation."""
 
     kind: ClassVar[str] = "keys"
+    recomputes: ClassVar[bool] = True
 
     def module(self, tower: Tower) -> nn.Module | None:
         """The layer's attention."""
         return tower.attention(self.layer)
 
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """One projection."""
         return inner.project_in_tower(module, hidden, "k").float().mean(1)[:, tower.special :]
 

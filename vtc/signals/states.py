@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vtc.dialect.towers import Tower
+from vtc.dialect.towers import Heard, Tower
 from vtc.signals.base import TowerSignal
 
 
@@ -22,7 +22,7 @@ class TowerFeatures(TowerSignal):
         """The layer."""
         return tower.layers[self.layer]
 
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """As it is."""
         return hidden[:, tower.special :].float()
 
@@ -37,6 +37,6 @@ class ProjectorInput(TowerSignal):
         """The projector, where a patch becomes a token there."""
         return tower.projector
 
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """As it is; the special tokens are gone by then."""
         return hidden
