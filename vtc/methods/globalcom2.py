@@ -18,11 +18,11 @@ from vtc.methods.registry import register_method
 from vtc.methods.stages import Kept
 from vtc.ops.scores import claimed_shares
 from vtc.places import Entry
-from vtc.signals import Cls, ClsLogits, TowerSignal
+from vtc.signals import Cls, ClsLogits, Received, TowerSignal
 from vtc.tokens import Layout, Region, VisualTokens
 from vtc.values import number, shown
 
-_SIGNAL: dict[str | None, TowerSignal] = {"logits": ClsLogits(), "probabilities": Cls()}
+_SIGNAL: dict[str | None, TowerSignal] = {"logits": ClsLogits(), "probabilities": Cls(), "received": Received()}
 
 
 @register_method
@@ -39,8 +39,9 @@ class GlobalCom2(Allocator):
     5. All that stays keeps its place: thumbnail, then the mosaic in raster order with all its newlines.
 
     Defaults: LLaVA-NeXT and LLaVA-NeXT-Video score by CLS logits; LLaVA-OneVision, whose SigLIP tower has no CLS
-    token, by the paper's variant for it, minus the cosine to the mean of the thumbnail or crop. Newlines are never
-    pruned and not part of the budget. Models without thumbnail and crops of known places are refused.
+    token, by the paper's variant for it, minus the cosine to the mean of the thumbnail or crop. ``scores="received"``,
+    which is not in the paper, asks there what the tower's patches look at, in units of an even share. Newlines are
+    never pruned and not part of the budget. Models without thumbnail and crops of known places are refused.
 
     ``scores`` is no detail. The released code takes the logits before the softmax, averaged over heads; their sums
     over a region differ by much, and the budgets become almost one-hot (with 2x2 crops the winner gets 1.75 times
@@ -66,22 +67,24 @@ class GlobalCom2(Allocator):
     --model_args base=llava_hf,pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,method=globalcom2,keep=0.25
 
     Attributes:
-        scores: ``logits``, ``probabilities`` or ``distance`` (minus the cosine to the mean); ``None``: logits where
-            the tower has a CLS token, else distance.
+        scores: ``logits``, ``probabilities``, ``received`` or ``distance`` (minus the cosine to the mean); ``None``:
+            logits where the tower has a CLS token, else distance.
         tau: temperature of the budgets.
         selector: chooses within the budgets; ``None``: the highest scores. Its own ``keep`` and ``newlines`` do not
             count.
     """
 
-    scores: Literal["logits", "probabilities", "distance"] | None = None
+    scores: Literal["logits", "probabilities", "received", "distance"] | None = None
     tau: float = 10.0
 
     name: ClassVar[str] = "globalcom2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scores not in (None, "logits", "probabilities", "distance"):
-            raise ValueError(f"scores={shown(self.scores)} is neither 'logits' nor 'probabilities' nor 'distance'")
+        if self.scores not in (None, *_SIGNAL, "distance"):
+            raise ValueError(
+                f"scores={shown(self.scores)} is none of None, {', '.join(map(repr, _SIGNAL))}, 'distance'"
+            )
         rule = "it is a temperature and must be positive"
         object.__setattr__(self, "tau", number("tau", self.tau, rule))
         if not self.tau > 0:

@@ -31,8 +31,9 @@ class IDPruner(Centred):
 
     The score is that of a small scorer trained for the model: ``importance=vtc.SelectorWeights(path)``, which is what
     the paper uses and what its numbers are of. Without weights the default is ``vtc.ClsAttention()`` where the vision
-    tower has a CLS token (LLaVA, InternVL) and ``vtc.FeatureNorm()`` elsewhere (Qwen-VL, SigLIP towers); neither is
-    in the paper. ``keep=0.25`` and ``0.1``, ``balance=0.5`` are published; rounding is ``round(keep * n)``, at least 1.
+    tower has a CLS token (LLaVA, InternVL) and ``vtc.FeatureNorm()`` elsewhere (Qwen-VL, SigLIP towers), where
+    ``ReceivedAttention()`` of vtc.methods.importance can be asked for; none of them is in the paper. ``keep=0.25`` and
+    ``0.1``, ``balance=0.5`` are published; rounding is ``round(keep * n)``, at least 1.
 
     Code and paper differ in the score: the paper scales the soft top-k weights ``sigmoid(s + t)`` of the scorer's
     training, the code its raw output s, as here. The code treats all images of a prompt as one pool with one budget;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import ModelFacts
-from vtc.signals import Cls, Signal
+from vtc.signals import Cls, Received, Signal
 from vtc.tokens import VisualTokens
 from vtc.values import shown
 
@@ -73,6 +73,23 @@ class ClsAttention(Importance):
     def score(self, tokens: VisualTokens) -> Tensor:
         """The signal itself."""
         return tokens.signals["cls"].nan_to_num()
+
+
+@register_importance
+@dataclass(frozen=True)
+class ReceivedAttention(Importance):
+    """Attention that patches receive in the vision tower's last layer (signal ``received``): Qwen-VL, SigLIP."""
+
+    name: ClassVar[str] = "received_attention"
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """The signal of that name."""
+        return (Received(),)
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """The signal itself."""
+        return tokens.signals["received"].nan_to_num()
 
 
 @register_importance

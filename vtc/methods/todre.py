@@ -14,9 +14,11 @@ from vtc import ops
 from vtc.methods.base import Method, ModelFacts, Reduction, Stage, image_seed
 from vtc.methods.registry import register_method
 from vtc.places import Entry, Layer
-from vtc.signals import Cls, Share
+from vtc.signals import Cls, Received, Share, TowerSignal
 from vtc.tokens import Layout, VisualTokens
 from vtc.values import flag, share, shown, whole
+
+_LOOKS: dict[str, TowerSignal] = {"cls": Cls(), "received": Received()}
 
 
 @register_method
@@ -38,7 +40,8 @@ class ToDRE(Method):
        the share of the visual rows' attention that goes to text. Both below ``tau``: all visual tokens leave.
 
     Defaults: every family with a CLS token in its tower (LLaVA, InternVL) takes its pivot from it; for the others
-    (Qwen-VL, SigLIP towers) the paper takes a random one: ``pivot="random"``. ``keep=0.25`` and ``0.1`` are published.
+    (Qwen-VL, SigLIP towers) the paper takes a random one: ``pivot="random"``. ``pivot="received"``, which is not in the
+    paper, is the token that the tower's patches look at most. ``keep=0.25`` and ``0.1`` are published.
     The complete method is ``vtc.ToDRE(stage2=True)``. Stage 1 is the default, because it works on every family, with
     every cache and for later questions, and stage 2 adds little to it (see below).
 
@@ -60,7 +63,7 @@ class ToDRE(Method):
 
     Attributes:
         variant: ``max_sum`` or ``k_center``.
-        pivot: ``cls`` (needs the signal of that name) or ``random``.
+        pivot: ``cls`` or ``received`` (they need the signals of these names) or ``random``.
         seed: of the random pivot; the draw depends on it, the image's ordinal and its length alone.
         stage2: also do stage 2.
         layer: how many layers run before stage 2; ``None`` for 7L/8.
@@ -68,7 +71,7 @@ class ToDRE(Method):
     """
 
     variant: Literal["max_sum", "k_center"] = "max_sum"
-    pivot: Literal["cls", "random"] = "cls"
+    pivot: Literal["cls", "received", "random"] = "cls"
     seed: int = 0
     stage2: bool = False
     layer: int | None = None
@@ -80,8 +83,8 @@ class ToDRE(Method):
         super().__post_init__()
         if self.variant not in ("max_sum", "k_center"):
             raise ValueError(f"variant={shown(self.variant)} is neither 'max_sum' nor 'k_center'")
-        if self.pivot not in ("cls", "random"):
-            raise ValueError(f"pivot={shown(self.pivot)} is neither 'cls' nor 'random'")
+        if self.pivot not in (*_LOOKS, "random"):
+            raise ValueError(f"pivot={shown(self.pivot)} is neither 'cls' nor 'received' nor 'random'")
         flag("stage2", self.stage2)
         object.__setattr__(self, "seed", whole("seed", self.seed, "it may be any int"))
         if self.layer is not None:
@@ -102,7 +105,7 @@ class ToDRE(Method):
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """Stage 1 at the entrance; stage 2 is judged by the attention of the last layer before it."""
-        first = Stage(Entry(), needs=(Cls(),) if self.pivot == "cls" else ())
+        first = Stage(Entry(), needs=(_LOOKS[self.pivot],) if self.pivot in _LOOKS else ())
         if not self.stage2:
             return (first,)
         depth = model.depth
@@ -128,7 +131,7 @@ class ToDRE(Method):
         """Stage 1: steps 1 and 2, nested in the budget. Stage 2: step 4."""
         if budget is None:
             return self._all_or_nothing(tokens)
-        start = self._cls_pivot(tokens) if self.pivot == "cls" else self._random_pivot(tokens)
+        start = self._seen_pivot(tokens) if self.pivot in _LOOKS else self._random_pivot(tokens)
         pick = ops.max_sum if self.variant == "max_sum" else ops.farthest_first
         return Reduction(pick(tokens.features, max(budget), start, mask=tokens.mask))
 
@@ -139,12 +142,12 @@ class ToDRE(Method):
         counts = tuple(0 if left else n for n, left in zip(tokens.counts, leaves.tolist(), strict=True))
         return Reduction.of_mask(tokens.mask & ~leaves[:, None], counts)
 
-    def _cls_pivot(self, tokens: VisualTokens) -> Tensor:
+    def _seen_pivot(self, tokens: VisualTokens) -> Tensor:
         allowed = tokens.mask & tokens.where("image", "thumbnail", "crops", "frame")
         if any(layout.of_kind("thumbnail") for layout in tokens.layouts):
             has = torch.tensor([[bool(layout.of_kind("thumbnail"))] for layout in tokens.layouts])
             allowed &= tokens.where("thumbnail") | ~has.to(allowed.device, non_blocking=True)
-        return ops.first_max(tokens.signals["cls"].nan_to_num().masked_fill(~allowed, -torch.inf))
+        return ops.first_max(tokens.signals[self.pivot].nan_to_num().masked_fill(~allowed, -torch.inf))
 
     def _random_pivot(self, tokens: VisualTokens) -> Tensor:
         starts = []
