@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtc import ops
-from vtc.methods.base import ModelFacts, Reduction, Stage
+from vtc.methods.base import ModelFacts, Paper, Reduction, Stage
 from vtc.methods.centering import Centred
 from vtc.methods.registry import register_method
 from vtc.places import Entry
@@ -47,6 +47,9 @@ class DivPrune(Centred):
     """
 
     name: ClassVar[str] = "divprune"
+    paper: ClassVar[Paper] = Paper(
+        "DivPrune: diversity-based visual token pruning for large multimodal models", "CVPR", 2025, "2503.02175"
+    )
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance."""

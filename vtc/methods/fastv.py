@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtc.methods.base import ModelFacts, Scorer, Stage
+from vtc.methods.base import ModelFacts, Paper, Scorer, Stage
 from vtc.methods.registry import register_method
 from vtc.places import Layer
 from vtc.signals import Rows
@@ -25,6 +25,13 @@ class FastV(Scorer):
 
     layer: int = 2
     name: ClassVar[str] = "fastv"
+    paper: ClassVar[Paper] = Paper(
+        "An image is worth 1/2 tokens after layer "
+        "2: plug-and-play inference acceleration for large vision-language models",
+        "ECCV",
+        2024,
+        "2403.06764",
+    )
     query_aware: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

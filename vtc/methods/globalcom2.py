@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.budget import share, truncated
 from vtc.methods.allocate import Allocator, unsplit, within
-from vtc.methods.base import Method, ModelFacts, Reduction, Stage, first_of, highest
+from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage, first_of, highest
 from vtc.methods.registry import register_method
 from vtc.methods.stages import Kept
 from vtc.ops.scores import claimed_shares
@@ -78,6 +78,13 @@ class GlobalCom2(Allocator):
     tau: float = 10.0
 
     name: ClassVar[str] = "globalcom2"
+    paper: ClassVar[Paper] = Paper(
+        "Global compression commander: plug-and-play inference "
+        "acceleration for high-resolution large vision-language models",
+        "AAAI",
+        2026,
+        "2501.05179",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, ModelFacts, Reduction, Stage
+from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage
 from vtc.methods.centering import Centred
 from vtc.methods.importance import ClsAttention, FeatureNorm, Importance
 from vtc.methods.registry import register_method
@@ -63,6 +63,9 @@ class IDPruner(Centred):
     balance: float = 0.5
 
     name: ClassVar[str] = "idpruner"
+    paper: ClassVar[Paper] = Paper(
+        "IDPruner: harmonizing importance and diversity in visual token pruning for MLLMs", "arXiv", 2026, "2602.13315"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.methods.base import Method, ModelFacts, Reduction, Stage
+from vtc.methods.base import ModelFacts, Paper, Reduction, Stage
 from vtc.methods.registry import register_method
+from vtc.methods.saliency import Salient
 from vtc.ops import cosines, first_max
 from vtc.places import Entry
-from vtc.signals import Cls
 from vtc.tokens import VisualTokens
 from vtc.values import number, shown
 
@@ -24,11 +24,12 @@ ENTRIES = 2**26  # of all matrices of cosines that are made at a time; an image 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class SCOPE(Method):
-    """Keep salient tokens that cover the image: greedy facility location, weighed with the CLS row.
+class SCOPE(Salient):
+    """Keep salient tokens that cover the image: greedy facility location, weighed with what the tower looks at.
 
     1. Saliency p of a token: what the vision tower's CLS token pays it, in the layer that LLaVA takes its features
-       from, to the power of ``alpha``.
+       from, to the power of ``alpha``. A tower without one: what its patches pay it, in the last layer (not in the
+       paper).
     2. Cover of a token: the largest cosine to a pick, at least 0.
     3. Every pick: the token with the highest ``gain * p`` (``combined="multi"``) or ``gain + p`` (``"add"``), where
        its gain is how much it would add to the cover of all tokens together. The lowest index on ties.
@@ -52,6 +53,9 @@ class SCOPE(Method):
     combined: str = "multi"
 
     name: ClassVar[str] = "scope"
+    paper: ClassVar[Paper] = Paper(
+        "SCOPE: saliency-coverage oriented token pruning for efficient multimodal LLMs", "NeurIPS", 2025, "2510.24214"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,13 +68,13 @@ class SCOPE(Method):
             raise ValueError(f"combined={shown(self.combined)} is none of {', '.join(map(repr, COMBINED))}")
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
-        """At the entrance, with the CLS row of the layer before the last."""
-        return (Stage(Entry(), needs=(Cls(layer=-2),)),)
+        """At the entrance."""
+        return (Stage(Entry(), needs=(self.salience(),)),)
 
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 3; nested in the budget."""
         assert budget is not None
-        saliency = tokens.signals["cls"].detach().double().nan_to_num() ** self.alpha
+        saliency = self.scores(tokens).double() ** self.alpha
         n = tokens.mask.shape[1]
         size = max(1, ENTRIES // max(1, n * n))
         parts = zip(tokens.features.detach().split(size), saliency.split(size), tokens.mask.split(size), strict=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, ModelFacts, Reduction, Stage, image_seed
+from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage, image_seed
 from vtc.methods.registry import register_method
 from vtc.places import Entry, Layer
 from vtc.signals import Cls, Received, Share, TowerSignal
@@ -78,6 +78,9 @@ class ToDRE(Method):
     tau: float = 0.10
 
     name: ClassVar[str] = "todre"
+    paper: ClassVar[Paper] = Paper(
+        "ToDRE: effective visual token pruning via token diversity and task relevance", "arXiv", 2025, "2505.18757"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

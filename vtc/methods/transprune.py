@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc import values
 from vtc.budget import Keep, share, truncated
-from vtc.methods.base import ModelFacts, Scorer, Stage
+from vtc.methods.base import ModelFacts, Paper, Scorer, Stage
 from vtc.methods.registry import register_method
 from vtc.places import Layer
 from vtc.signals import Rows, Transitions
@@ -71,6 +71,9 @@ class TransPrune(Scorer):
     alpha: float = 0.5
 
     name: ClassVar[str] = "transprune"
+    paper: ClassVar[Paper] = Paper(
+        "TransPrune: token transition pruning for efficient large vision-language models", "CVPR", 2026, "2507.20630"
+    )
     query_aware: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

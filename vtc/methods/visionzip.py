@@ -7,21 +7,23 @@ from typing import ClassVar
 
 import torch
 
-from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage, first_of, highest
+from vtc.methods.base import ModelFacts, Newlines, Paper, Reduction, Stage, first_of, highest
 from vtc.methods.registry import register_method
+from vtc.methods.saliency import Salient
 from vtc.ops import cosines, gathered, nearest
 from vtc.places import Projector
-from vtc.signals import Cls, TowerKeys
+from vtc.signals import TowerKeys
 from vtc.tokens import VisualTokens, column
 from vtc.values import shown, whole
 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(Method):
+class VisionZip(Salient):
     """Keep the tokens that CLS looks at, and melt the others into a few that are spread over the image.
 
-    1. Dominant: the highest CLS attention in the layer that LLaVA takes its features from.
+    1. Dominant: the highest CLS attention in the layer that LLaVA takes its features from. A tower without a CLS
+       token: the highest attention received, in the last layer.
     2. Contextual: of the others, in raster order, every M // C-th is a target. Each of the rest goes to the target with
        the most similar key (cosine of that layer's keys, averaged over heads); a target becomes itself plus the mean of
        its members. All this before the projector.
@@ -38,6 +40,9 @@ class VisionZip(Method):
     contextual: int | None = None
 
     name: ClassVar[str] = "visionzip"
+    paper: ClassVar[Paper] = Paper(
+        "VisionZip: longer is better but not necessary in vision language models", "CVPR", 2025, "2412.04467"
+    )
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -49,14 +54,15 @@ class VisionZip(Method):
             raise ValueError(f"newlines={shown(self.newlines)}: a newline has no features to merge; leave 'keep'")
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
-        """With attention and keys of the layer before the last."""
-        return (Stage(Projector(), needs=(Cls(layer=-2), TowerKeys(layer=-2))),)
+        """With attention and keys of one layer."""
+        salience = self.salience()
+        return (Stage(Projector(), needs=(salience, TowerKeys(layer=salience.layer))),)
 
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Both steps; similarities and means in float64, so that a batch does not change them."""
         assert budget is not None
         merged = tuple(min(k - 1, round(k * 10 / 64) if self.contextual is None else self.contextual) for k in budget)
-        scores = tokens.signals["cls"].nan_to_num().masked_fill(~tokens.mask, -torch.inf)
+        scores = self.scores(tokens).masked_fill(~tokens.mask, -torch.inf)
         dominant = tuple(k - c for k, c in zip(budget, merged, strict=True))
         keeps = first_of(highest(scores, max(dominant)), dominant, scores.shape[1])
         if not any(merged):

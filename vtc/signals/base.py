@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from vtc.values import number, shown, whole
 
 if TYPE_CHECKING:
     from vtc.dialect.towers import Heard, Tower
@@ -50,10 +53,11 @@ class TowerSignal(Signal):
     [G, N] or [G, N, c], 0 for newlines and padding.
 
     Attributes:
-        layer: of the tower, counted as Python does.
+        layer: of the tower. An int counts as Python does; a float in [0, 1) is a share of its depth, cut to an index:
+            1/3 is index 8 of 24 layers and index 1 of 4.
     """
 
-    layer: int = -1
+    layer: int | Any = -1  # or a float; what :meth:`module` sees is an int
 
     needs_cls: ClassVar[bool] = False
     """Only towers with a CLS token have it."""
@@ -61,9 +65,12 @@ class TowerSignal(Signal):
     recomputes: ClassVar[bool] = False
     """It computes attention again: that is tried out when a model is patched."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", tower_layer("layer", self.layer))
+
     @abstractmethod
     def module(self, tower: Tower) -> nn.Module | None:
-        """What it reads, ``None`` where this tower has no such thing."""
+        """What it reads, ``None`` where this tower has no such thing. ``layer`` is an int here, of a layer it has."""
 
     @abstractmethod
     def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
@@ -82,9 +89,27 @@ class TowerSignal(Signal):
 
     def of(self, tower: Tower | None) -> nn.Module | None:
         """The module of a tower that it reads; ``None`` where the tower cannot give it."""
-        if tower is None or (self.needs_cls and not tower.special) or not -len(tower.layers) <= self.layer:
+        if tower is None or (self.needs_cls and not tower.special):
             return None
-        return None if self.layer >= len(tower.layers) else self.module(tower)
+        depth = len(tower.layers)
+        index = int(self.layer * depth + 1e-9) if isinstance(self.layer, float) else self.layer
+        return replace(self, layer=index).module(tower) if -depth <= index < depth else None
+
+
+def tower_layer(name: str, layer: float) -> float:
+    """A layer of a vision tower as it is written: an int, or a float that is a share of the depth.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: a float outside of [0, 1).
+    """
+    rule = "layers of a vision tower are an int, counted as Python does, or a float in [0, 1), a share of its depth"
+    if isinstance(layer, numbers.Integral):
+        return whole(name, layer, rule)
+    found = number(name, layer, rule)
+    if not 0.0 <= found < 1.0:
+        raise ValueError(f"{name}={shown(layer)}: {rule}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
