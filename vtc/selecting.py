@@ -53,7 +53,8 @@ def select(
         features: float [N, d], as they stand at the stage's place; or [frames, n, d] of a video: places count
             frames * n. They are not changed.
         keep: as everywhere a float in (0, 1] or an int; but an int is what stays after this very call, also for a
-            method with a schedule of its own. Default: 0.25 for a name, its own for an object.
+            method with a schedule of its own (not where the content decides). Default: 0.25 for a name, its own for an
+            object.
         signals: what the method asks for, by name: [N], [N, c] or [T, N]; of a video [frames, n].
         layout: structure of the tokens; default: a picture without one, or the frames.
         text: float [M, d], text tokens at the same place, for methods that read them.
@@ -91,7 +92,9 @@ def select(
         have = ", ".join(given) or "none"
         raise ValueError(f"{chosen.name} needs the signals {', '.join(missing)} at {step.stage.at}; given: {have}")
     tokens = VisualTokens(flat[None], (layout,), (0,), given, axes, samples=(0,))
-    budget = (count(keep, n),) if isinstance(keep, int) else None
+    budget = None
+    if isinstance(keep, int) and step.counts(tokens.layouts, tokens.given, tokens.counts) is not None:
+        budget = (count(keep, n),)
     kept = step.reduce(tokens, budget, in_order=not keeps_all(step.method))
     index = kept.mask[0].nonzero()[:, 0]
     order = None if kept.order is None else kept.order[0, : kept.chosen[0]]

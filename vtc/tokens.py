@@ -132,6 +132,12 @@ class Region:
     cell: int = 0
     mosaic: tuple[int, int] | None = None
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of its tokens; one row where the model does not tell."""
+        grid = self.layout.segments[0].grid if len(self.layout.segments) == 1 else None
+        return grid or (1, len(self.tokens))
+
 
 @functools.lru_cache(maxsize=256)
 def _regions(layout: Layout) -> tuple[Region, ...]:

@@ -1,0 +1,120 @@
+"""HoloV: don't just chase highlighted tokens, retain the holistic visual context (NeurIPS 2025, arXiv 2510.02912)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import ModelFacts, Paper, Reduction, Stage
+from vtc.methods.registry import register_method
+from vtc.methods.saliency import Salient, highest_of_groups
+from vtc.ops import cosines, gathered
+from vtc.places import Entry
+from vtc.tokens import VisualTokens, column
+from vtc.values import shown, whole
+
+FINE, COARSE = 2.0**-36, 2.0**-20  # of attention, of cosines: sums of multiples, and of squares of multiples, are exact
+TINY = 1e-30  # keeps 0 / 0 away
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class HoloV(Salient):
+    """Share the budget out over the image by how much each part is looked at, and keep the best tokens of each part.
+
+    1. The tokens are cut into crops: runs of equal length in raster order (stripes, not squares).
+    2. A crop's quota of the K tokens to keep is its share of the mean CLS attention per token, cut to an integer; the
+       crops with the highest means get one more until nothing is left over. The attention is that of the layer which
+       LLaVA takes its features from; a tower without a CLS token: attention received in its last layer.
+    3. What exceeds a crop's length goes to the crops with the highest means, as far as they have room.
+    4. Each crop keeps its most attended tokens.
+
+    In the paper a token's score is attention plus the variance of its cosines to the rest of its crop, scaled to the
+    same mean, and all that is left over in step 2 goes to the crop with the highest mean (``variant="paper"``); the
+    released code ranks by attention alone (``variant="code"``). In both the variance cancels out of the quotas, because
+    it is scaled crop by crop. The code fills what exceeds a crop with vectors of zeros, and the paper divides it by
+    mean times room; here it is step 3, and K tokens stay. The sharpness of the quotas is 1, as in the code. Refetching
+    dropped tokens inside the language model was not released. All crops of LLaVA-NeXT are one sequence, as there. The
+    code drops newlines; here nobody looks at them, so that they leave. It orders tokens by crop and attention and
+    renumbers positions (``positions="compact"``); here they stay in raster order.
+
+    Headline: LLaVA-1.5-7B keeps 99.2, 98.0 and 95.8 % of its accuracy with 192, 128 and 64 tokens, over 9 benchmarks
+    (re-runs by others: 95.5 to 96, and 92.2 with 64). To repeat it:
+
+    python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,pope,mmbench_en_dev,mme,scienceqa_img
+    --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,method=holov,keep=64
+
+    Attributes:
+        crops: how many; ``None``: as published, 1024 / K for 576 tokens, more for more.
+        variant: ``code`` or ``paper``.
+    """
+
+    crops: int | None = None
+    variant: Literal["code", "paper"] = "code"
+
+    name: ClassVar[str] = "holov"
+    paper: ClassVar[Paper] = Paper(
+        'Don\'t just chase "highlighted tokens" in MLLMs: revisiting visual holistic context retention',
+        "NeurIPS",
+        2025,
+        "2510.02912",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crops is not None:
+            object.__setattr__(self, "crops", whole("crops", self.crops, "it counts the crops of an image", least=1))
+        if self.variant not in ("code", "paper"):
+            raise ValueError(f"variant={shown(self.variant)} is neither 'code' nor 'paper'")
+
+    def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
+        """At the entrance."""
+        return (Stage(Entry(), needs=(self.salience(),)),)
+
+    def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
+        """Steps 1 to 4. They are not nested, and have no order."""
+        assert budget is not None
+        mask, given = tokens.mask, column(tokens.counts, tokens.mask.device)
+        crops = [self._crops(n, k) for n, k in zip(tokens.counts, budget, strict=True)]
+        number, index = column(crops, mask.device), torch.arange(max(crops), device=mask.device)
+        lengths = (given // number + (index < given % number).long()).masked_fill(index >= number, 0)
+        rank = (mask.cumsum(1) - 1).clamp(min=0)
+        crop = torch.searchsorted(lengths.cumsum(1), rank, right=True).masked_fill(~mask, len(index))
+        score = (self.scores(tokens).double() / FINE).round().mul(FINE).masked_fill(~mask, 0.0)
+        means = gathered(score[..., None], crop, len(index))[0][..., 0] / lengths.clamp(min=1)
+        if self.variant == "paper":
+            spread = variance(tokens.features, crop, len(index))
+            scale = means / (gathered(spread[..., None], crop, len(index))[0][..., 0] / lengths.clamp(min=1) + TINY)
+            score = score + spread * torch.nn.functional.pad(scale, (0, 1)).gather(1, crop)
+        quotas = self._quotas(means, lengths, column(budget, mask.device))
+        return Reduction.of_mask(highest_of_groups(score.masked_fill(~mask, -torch.inf), crop, quotas), budget)
+
+    def _crops(self, n: int, k: int) -> int:
+        published = 1024 * n // (576 * k) if k else 1
+        return max(1, min(n, published if self.crops is None else self.crops))
+
+    def _quotas(self, means: Tensor, lengths: Tensor, k: Tensor) -> Tensor:
+        """Steps 2 and 3: LongTensor [G, P], k [G, 1] of each image."""
+        order = means.masked_fill(lengths == 0, -1.0).sort(dim=1, descending=True, stable=True).indices
+        quotas = (means / (means.sum(1, keepdim=True) + TINY) * k).floor().long()
+        if self.variant == "code":
+            quotas += order.argsort(1) < k - quotas.sum(1, keepdim=True)
+        quotas = torch.minimum(quotas, lengths)
+        room = (lengths - quotas).gather(1, order)
+        rest = k - quotas.sum(1, keepdim=True) - (room.cumsum(1) - room)
+        return quotas.scatter_add(1, order, torch.minimum(rest.clamp(min=0), room))
+
+
+def variance(features: Tensor, crop: Tensor, crops: int) -> Tensor:
+    """Of a token's cosines to the others of its crop: float64 [G, N], multiples of FINE, 0 where it is alone."""
+    found = []
+    for x, own in zip(features.detach().split(1), crop.split(1), strict=True):  # one N x N matrix at a time
+        same = (own[:, :, None] == own[:, None]) & ~torch.eye(own.shape[1], dtype=torch.bool, device=own.device)
+        like = cosines(x.masked_fill((own == crops)[..., None], 0.0))
+        like = (like / COARSE).round_().mul_(COARSE).masked_fill_(~same, 0.0)
+        others = same.sum(-1).clamp(min=1)
+        found.append(((like * like).sum(-1) - like.sum(-1) ** 2 / others) / others)
+    return (torch.cat(found) / FINE).round().mul(FINE).clamp(min=0.0)
