@@ -111,7 +111,7 @@ class CompressionConfig:
                 raise ValueError(f"the config {shown(dict(data))} has no {shown(name)}")
         if not isinstance(data.get("options", {}), Mapping):
             raise ValueError(f"options={shown(data['options'])} is not a mapping of option names to values")
-        options = {name: _decode(value) for name, value in data.get("options", {}).items()}
+        options = {name: decode(value) for name, value in data.get("options", {}).items()}
         return cls(**{**data, "options": options})
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
@@ -184,7 +184,12 @@ def _encode(value: Any, name: str) -> Any:
     raise ValueError(f"option {name}={shown(value)} of type {type(value).__name__} has no place in a config")
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+    """An option's value from JSON: what describes a method becomes one.
+
+    Raises:
+        ValueError: it describes none.
+    """
     if isinstance(value, Mapping) and "importance" in value:
         _refuse_unknown("a nested importance", "field", value, ["importance", "options"])
         name, options = value["importance"], value.get("options", {})
@@ -192,13 +197,13 @@ def _decode(value: Any) -> Any:
             raise ValueError(f"{shown(dict(value))} does not describe an importance")
         kind = importance_class(name)
         _refuse_unknown(f"importance {shown(name)}", "option", options, [f.name for f in dataclasses.fields(kind)])
-        return kind(**{n: _decode(v) for n, v in options.items()})
+        return kind(**{n: decode(v) for n, v in options.items()})
     if isinstance(value, Mapping):
         _refuse_unknown("a nested method", "field", value, ["method", "options"])
         name, options = value.get("method"), value.get("options", {})
         if not isinstance(name, str) or not isinstance(options, Mapping):
             raise ValueError(f"{shown(dict(value))} does not describe a method")
-        return _build(name, {n: _decode(v) for n, v in options.items()})
+        return _build(name, {n: decode(v) for n, v in options.items()})
     if isinstance(value, list):
-        return tuple(_decode(v) for v in value)
+        return tuple(decode(v) for v in value)
     return value

@@ -64,7 +64,12 @@ def parse_keep(text: str) -> float | int:
 
 
 def parse_options(options: list[str] | None) -> dict[str, Any]:
-    """``["seed=3", "variant=k_center"]`` as names and values: JSON where a value is JSON, else text."""
+    """``["seed=3", "variant=k_center"]`` as names and values: JSON where a value is JSON, else text.
+
+    ``selector={"method": "fastervlm"}`` is a method, as in a config.
+    """
+    from vtc.config import decode
+
     named: dict[str, Any] = {}
     for option in options or []:
         key, found, value = option.partition("=")
@@ -72,7 +77,7 @@ def parse_options(options: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"--option {shown(option)} is not of the form name=value")
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
-        named[key] = value
+        named[key] = decode(value) if isinstance(value, dict) else value
     return named
 
 

@@ -44,6 +44,11 @@ class Allocator(Method):
                 "out budgets. What would work: vtc.DivPrune(), or with it "
                 f"vtc.Chain(vtc.{type(self).__name__}(), second)"
             )
+        if self.selector.adaptive:
+            raise ValueError(
+                f"selector={shown(self.selector)} decides by the content of an image how many tokens stay, so that no "
+                "budget can be shared out. What would work: vtc.DivPrune()"
+            )
 
     @property
     def query_aware(self) -> bool:  # type: ignore[override]

@@ -137,6 +137,12 @@ class Method(ABC):
     depends on the options makes it a property."""
     merges: ClassVar[bool] = False
     """True when :meth:`reduce` returns features: new values stand in the places that stay."""
+    nested: ClassVar[bool] = False
+    """True when a smaller budget keeps the first of a larger: the order of picking does not depend on how many are
+    asked for. Then :mod:`vtc.methods.adaptive` can stop it early."""
+    adaptive: ClassVar[bool] = False
+    """True when ``keep`` is the most that stays, 1.0 too, and the content decides how many do. Then :meth:`counts` is
+    ``None`` before the language model."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))  # a NumPy number becomes a plain one
@@ -240,6 +246,8 @@ class Method(ABC):
 class Scorer(Method):
     """Base of the methods that score tokens and keep the highest, ties to the lowest index."""
 
+    nested: ClassVar[bool] = True
+
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """The highest scores of each image."""
         assert budget is not None
@@ -253,7 +261,7 @@ class Scorer(Method):
 
 def keeps_all(method: Method) -> bool:
     """Whether every token stays where the keep decides: the float 1.0."""
-    return isinstance(method.keep, float) and method.keep == 1.0
+    return isinstance(method.keep, float) and method.keep == 1.0 and not method.adaptive
 
 
 def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:

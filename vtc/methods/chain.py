@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from vtc.budget import Keep
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage
 from vtc.methods.divprune import DivPrune
 from vtc.methods.registry import register_method
 from vtc.methods.transprune import TransPrune
+from vtc.methods.wrapper import take_over
 from vtc.places import Layer
 from vtc.tokens import Layout, VisualTokens
 from vtc.values import shown
@@ -50,14 +51,9 @@ class Chain(Method):
     name: ClassVar[str] = "chain"
 
     def __post_init__(self) -> None:
-        for side in ("first", "second"):
-            if not isinstance(getattr(self, side), Method):
-                raise TypeError(f"{side}={shown(getattr(self, side))} is no vtc.Method")
-        given: dict[str, Any] = {n: getattr(self, n) for n in ("keep", "newlines") if getattr(self, n) is not None}
-        if any(getattr(self.first, n) != v or type(getattr(self.first, n)) is not type(v) for n, v in given.items()):
-            object.__setattr__(self, "first", replace(self.first, **given))
-        object.__setattr__(self, "keep", self.first.keep)
-        object.__setattr__(self, "newlines", self.first.newlines)
+        take_over(self, "first")
+        if not isinstance(self.second, Method):
+            raise TypeError(f"second={shown(self.second)} is no vtc.Method")
         super().__post_init__()
         self._check_order()
 
@@ -89,6 +85,11 @@ class Chain(Method):
     def merges(self) -> bool:  # type: ignore[override]
         """If one of the two does."""
         return self.first.merges or self.second.merges
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        """If ``first`` is."""
+        return self.first.adaptive
 
     @property
     def members(self) -> tuple[Method, ...]:

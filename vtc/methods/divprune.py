@@ -50,6 +50,7 @@ class DivPrune(Centred):
     paper: ClassVar[Paper] = Paper(
         "DivPrune: diversity-based visual token pruning for large multimodal models", "CVPR", 2025, "2503.02175"
     )
+    nested: ClassVar[bool] = True
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance."""

@@ -66,6 +66,7 @@ class IDPruner(Centred):
     paper: ClassVar[Paper] = Paper(
         "IDPruner: harmonizing importance and diversity in visual token pruning for MLLMs", "arXiv", 2026, "2602.13315"
     )
+    nested: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,6 +56,7 @@ class SCOPE(Salient):
     paper: ClassVar[Paper] = Paper(
         "SCOPE: saliency-coverage oriented token pruning for efficient multimodal LLMs", "NeurIPS", 2025, "2510.24214"
     )
+    nested: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -81,6 +81,7 @@ class ToDRE(Method):
     paper: ClassVar[Paper] = Paper(
         "ToDRE: effective visual token pruning via token diversity and task relevance", "arXiv", 2025, "2505.18757"
     )
+    nested: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

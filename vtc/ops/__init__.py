@@ -1,15 +1,17 @@
 """Pure tensor functions: batched, free of host synchronisation, traceable into one graph, deterministic."""
 
 from vtc.ops.greedy import farthest_first, max_marginal_relevance, max_sum
-from vtc.ops.merging import cosines, gathered, nearest
+from vtc.ops.merging import cosines, cosines_to, first_near, gathered, nearest
 from vtc.ops.recursion import first_max
 from vtc.ops.scores import crop_budgets, instruction_attention, transition_variation
 
 __all__ = [
     "cosines",
+    "cosines_to",
     "crop_budgets",
     "farthest_first",
     "first_max",
+    "first_near",
     "gathered",
     "instruction_attention",
     "max_marginal_relevance",

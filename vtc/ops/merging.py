@@ -1,6 +1,8 @@
-"""What merging needs: cosines that no batch changes, to whom a token goes, and sums over those who joined."""
+"""What merging needs: cosines that no batch changes, who is near, to whom a token goes, sums over who joined."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from vtc.ops.recursion import first_max
 UNIT = 2.0**26
 """Length of a row as whole numbers: a product of two is below 2**52, and so is every partial sum of it. Sums are then
 exact in float64, so that neither their order, nor padding, nor the device changes a bit."""
+ENTRIES = 2**25
+"""Of a matrix of cosines that is made at a time: 256 MiB."""
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -41,6 +45,23 @@ def cosines(rows: Tensor, others: Tensor | None = None) -> Tensor:
     return (z @ (z if others is None else unit_rows(others)).mT).mul_(UNIT**-2)
 
 
+def cosines_to(rows: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cosines of all rows to some of them, a part of the rows at a time, as many as :data:`ENTRIES` allow.
+
+    Args:
+        rows: float [G, N, d].
+        index: LongTensor [G, K], in [0, N).
+
+    Yields:
+        Which rows, and what :func:`cosines` says of them: float64 [G, part, K].
+    """
+    some = rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+    size = max(1, ENTRIES // max(1, index.numel()))
+    for at in range(0, rows.shape[1], size):
+        part = slice(at, min(at + size, rows.shape[1]))
+        yield part, cosines(rows[:, part], some)
+
+
 def nearest(like: Tensor, joins: Tensor, there: Tensor) -> Tensor:
     """To which target each token goes: the most alike, the lowest index on ties.
 
@@ -57,6 +78,27 @@ def nearest(like: Tensor, joins: Tensor, there: Tensor) -> Tensor:
         return torch.zeros(like.shape[:-1], dtype=torch.long, device=like.device)
     best = first_max(like.masked_fill(~there[:, None], -torch.inf))
     return best.masked_fill(~joins | ~there.any(1, keepdim=True), k)
+
+
+def first_near(rows: Tensor, picks: Tensor, near: float) -> Tensor:
+    """By how many picks each token is covered first: itself picked, or near to one.
+
+    Args:
+        rows: float [G, N, d].
+        picks: LongTensor [G, K], distinct, in the order of picking; N stands for none.
+        near: the least cosine of what is near.
+
+    Returns:
+        LongTensor [G, N], the number of the pick, from 0; K where there is none.
+    """
+    (g, n), k = rows.shape[:2], picks.shape[1]
+    numbers = torch.arange(k, device=picks.device).expand(g, k)
+    first = torch.full((g, n + 1), k, device=picks.device).scatter(1, picks, numbers)[:, :n]
+    others = []
+    for _, like in cosines_to(rows, picks.clamp(max=n - 1)):
+        covers = (like >= near) & (picks < n)[:, None]
+        others.append(first_max(covers.to(torch.int8)).masked_fill(~covers.any(-1), k))
+    return torch.minimum(first, torch.cat(others, 1))
 
 
 def gathered(values: Tensor, group: Tensor, k: int) -> tuple[Tensor, Tensor]:

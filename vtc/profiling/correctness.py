@@ -74,8 +74,12 @@ def _total(samples: Sequence[Sequence[Tensor]] | None) -> int:
 
 
 def keeping_all(config: CompressionConfig) -> CompressionConfig | None:
-    """The configuration with ``keep=1.0``; ``None`` for a chain, whose parts have a ``keep`` each."""
+    """The configuration with ``keep=1.0``; ``None`` for a chain, whose parts have a ``keep`` each, and where even then
+    the content decides how many tokens stay.
+    """
     method = config.build()
-    if any(isinstance(value, Method) and name != "selector" for name, value in config.options.items()):
+    if method.adaptive or any(
+        isinstance(value, Method) and name != "selector" for name, value in config.options.items()
+    ):
         return None
     return CompressionConfig.of(replace(method, keep=1.0), config.positions)
