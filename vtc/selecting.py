@@ -55,9 +55,12 @@ def select(
         keep: as everywhere a float in (0, 1] or an int; but an int is what stays after this very call, also for a
             method with a schedule of its own (not where the content decides). Default: 0.25 for a name, its own for an
             object.
-        signals: what the method asks for, by name: [N], [N, c] or [T, N]; of a video [frames, n].
+        signals: what the method asks for, by name: [N], [N, c] or [T, N]; of a video [frames, n]. With ``visual``, bool
+            [L], those of L rows are of a whole prompt: they are cut into visual tokens and, as ``text_NAME``, the text
+            behind them.
         layout: structure of the tokens; default: a picture without one, or the frames.
-        text: float [M, d], text tokens at the same place, for methods that read them.
+        text: float [M, d], text tokens at the same place, for methods that read them; with ``visual``, the states of
+            all its other columns.
         stage: number of the stage, for methods with several.
         options: with a name: further options of the method.
 
@@ -77,7 +80,10 @@ def select(
     layout = layout or _layout(n, frames)
     if layout.length != n:
         raise ValueError(f"the layout has {layout.length} tokens, the features {n}")
-    given, axes = _signals(signals or {}, n, frames)
+    signals = dict(signals or {})
+    if "visual" in signals:
+        signals, text = _of_columns(signals, text, n)
+    given, axes = _signals(signals, n, frames)
     if text is not None:
         given |= {"text": text[None], "text_mask": torch.ones(1, len(text), dtype=torch.bool, device=text.device)}
         axes |= Text().axes
@@ -88,6 +94,10 @@ def select(
     if not 0 <= stage < len(steps):
         raise ValueError(f"stage={shown(stage)}: {chosen.name} has {len(steps)}, counted from 0")
     step = steps[stage]
+    for signal in step.stage.needs:
+        if signal.key not in given and (made := signal.bare(flat[None], given)) is not None:
+            given[signal.key] = made
+    axes |= {name: axis for name, axis in step.axes.items() if name in given}
     if missing := [signal.key for signal in step.stage.needs if signal.key not in given]:
         have = ", ".join(given) or "none"
         raise ValueError(f"{chosen.name} needs the signals {', '.join(missing)} at {step.stage.at}; given: {have}")
@@ -119,6 +129,24 @@ def _layout(n: int, frames: int | None) -> Layout:
         return Layout.plain(n)
     each = n // frames
     return Layout(n, tuple(Segment("frame", f * each, each) for f in range(frames)))
+
+
+def _of_columns(signals: Mapping[str, Tensor], text: Tensor | None, n: int) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Signals of all columns of a prompt, cut into those of its visual tokens and of the text behind them."""
+    visual = signals["visual"]
+    if visual.dtype != torch.bool or visual.dim() != 1 or int(visual.sum()) != n:
+        raise ValueError(f"visual {tuple(visual.shape)}, {visual.dtype}, must be bool [L], True at the {n} features")
+    own, others = visual.nonzero()[:, 0], (~visual).nonzero()[:, 0]
+    if text is not None and len(text) != len(others):
+        raise ValueError(f"text has {len(text)} rows; visual is False at {len(others)} of its {len(visual)} columns")
+    behind = others > own[-1]
+    found = {"columns": own, "text_columns": others[behind]}
+    for name, signal in signals.items():
+        if name != "visual" and signal.dim() and len(signal) == len(visual):
+            found |= {name: signal[own], f"text_{name}": signal[others[behind]]}
+        elif name != "visual":
+            found[name] = signal
+    return found, None if text is None else text[behind]
 
 
 def _signals(

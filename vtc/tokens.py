@@ -307,6 +307,19 @@ class VisualTokens:
         )
         return bare, index
 
+    def with_signals_cleared(self) -> VisualTokens:
+        """The same with signals 0 wherever there is no token."""
+        gone = ~self.mask
+
+        def cleared(name: str, signal: Tensor) -> Tensor:
+            if (axis := self.axis(name)) is None:
+                return signal
+            shape = [1] * signal.dim()
+            shape[0], shape[axis] = gone.shape
+            return signal.masked_fill(gone.view(shape), 0)
+
+        return replace(self, signals={name: cleared(name, signal) for name, signal in self.signals.items()})
+
     def axis(self, signal: str) -> int | None:
         """Which axis of a signal is that of the tokens; ``None``: it has none."""
         return self.axes.get(signal, 1 if self.signals[signal].dim() > 1 else None)

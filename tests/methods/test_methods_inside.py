@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from asking import keep_mask, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
+from zoo import get_model, make_batch
 
+import vtc
 from vtc import ops
 from vtc.config import CompressionConfig
 from vtc.methods.allocate import Allocate
@@ -25,9 +29,11 @@ from vtc.methods.globalcom2 import GlobalCom2
 from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm
 from vtc.methods.random import Random
+from vtc.methods.registry import list_methods, method_class
+from vtc.methods.schedule import scaled
 from vtc.methods.stages import steps_of
 from vtc.methods.todre import ToDRE
-from vtc.methods.transprune import RATIOS, TransPrune, scaled_layers
+from vtc.methods.transprune import RATIOS, TransPrune
 from vtc.places import Entry, Layer
 from vtc.signals import Rows, Share, Transitions
 from vtc.tokens import Layout, Segment, VisualTokens
@@ -72,7 +78,7 @@ def inside(
     ("depth", "layers"), [(32, (7, 9, 12)), (28, (6, 8, 11)), (40, (9, 11, 15)), (24, (5, 7, 9)), (4, (1, 2, 3))]
 )
 def test_published_layers_scale_with_depth(depth, layers):
-    assert scaled_layers(depth) == layers
+    assert scaled(TransPrune.published, depth) == layers
 
 
 @given(st.integers(4, 200))
@@ -149,7 +155,7 @@ def method_share(keep, n: int) -> float:
 
 def test_another_keep_bends_the_schedule():
     assert TransPrune().keep == 0.125
-    ratios = [TransPrune(keep=0.5)._ratio(i, 576) for i in range(3)]
+    ratios = [TransPrune(keep=0.5).ratio(i, 576) for i in range(3)]
     assert ratios == pytest.approx([1 - 0.125 * 4 / 7, 1 - 0.375 * 4 / 7, 0.5])
     assert TransPrune(ratios=(0.5, 0.4, 0.2)).keep == 0.2
 
@@ -343,6 +349,45 @@ def test_keep_and_newlines_of_a_chain_are_those_of_the_first():
 def test_chains_that_make_no_sense_are_refused(first, second, word):
     with pytest.raises(ValueError, match=word):
         Chain(first, second)
+
+
+INSIDE = {
+    "fastv": {"keep": 0.5, "layer": 1},
+    "pyramiddrop": {"layers": (1, 2), "ratios": (0.6, 0.3)},
+    "sparsevlm": {"layers": (1, 2), "ratios": (0.6, 0.3)},
+    "transprune": {"layers": (1, 2), "ratios": (0.6, 0.3)},
+    "dart": {"keep": 0.5, "layer": 1},
+}
+
+
+def test_whoever_chooses_before_the_model_is_told_all_that_work_inside():
+    with pytest.raises(ValueError, match="has chosen already") as refused:
+        Chain(DivPrune(), Random())
+    named = set(re.findall(r"vtc\.(\w+)\(", str(refused.value).split("inside it:")[1]))
+    own = {name for name in list_methods() if method_class(name).__name__ in named}
+    assert own == {*INSIDE, "todre"}  # whoever adds one adds it here
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_every_method_inside_works_as_the_second_of_a_chain(name):
+    """Alone and in a ragged batch, what it leaves is a part of what the first left, as many as it says."""
+    second = method_class(name)(**INSIDE[name])
+    chain = Chain(DivPrune(keep=0.5), second)
+    assert chain.merges == second.merges
+    model, batch = get_model("llava"), make_batch("llava")
+    with torch.no_grad(), vtc.patch(model, chain) as handle:
+        model(**batch)
+        entered, *stages = [kept for _, kept in handle.last_stages]
+        layouts = [Layout.plain(16)]
+        assert {len(kept) for row in stages[-1] for kept in row} == set(chain.counts(layouts))
+        for row, sample in enumerate(batch.samples):
+            model(**sample)
+            alone = [kept[0] for _, kept in handle.last_stages] or [[]] * (1 + len(stages))
+            for own, together in zip(alone, [entered, *stages], strict=True):
+                assert [kept.tolist() for kept in own] == [kept.tolist() for kept in together[row]]
+    for before, after in pairwise([entered, *stages]):
+        for row, left in zip(before, after, strict=True):
+            assert all(set(b.tolist()) < set(a.tolist()) for a, b in zip(row, left, strict=True))
 
 
 def test_chains_that_do_not_fit_a_model_are_refused():

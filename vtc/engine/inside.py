@@ -11,7 +11,9 @@ from torch import Tensor
 from vtc.engine.compaction import Compaction, StageResult
 from vtc.engine.locate import by_row, ordinals
 from vtc.engine.plan import Plan, columns_of, written_into
+from vtc.engine.rows import at_the_end
 from vtc.methods.stages import Kept, Step
+from vtc.ops.gather import gather_columns
 from vtc.signals import DecoderSignal
 from vtc.tokens import VisualTokens
 
@@ -58,7 +60,7 @@ class LayerState:
     entered_counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     size: Tensor | None = None
     stages_done: int = 0
-    signals: dict[DecoderSignal, Tensor] = field(default_factory=dict)
+    signals: dict[DecoderSignal, Any] = field(default_factory=dict)
     masks: dict[str | None, Any] = field(default_factory=dict)
     rotary: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     where: Tensor = field(init=False)
@@ -138,6 +140,14 @@ class LayerState:
         flat = columns.flatten(0, 1)
         return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[self.where]
 
+    def per_text(self, columns: Tensor) -> Tensor:
+        """Of columns [B, M, ...], those of the text behind the images [G, T, ...], at the end; 0 in front of them."""
+        which, longest = self.text_behind()
+        index = at_the_end(which, longest, self.valid)
+        there = which.gather(1, index).view(*index.shape, *(1,) * (columns.dim() - 2))
+        (rows,) = gather_columns((columns,), index)
+        return self.per_image(rows.masked_fill(~there, 0))
+
     def per_image(self, scores: Tensor) -> Tensor:
         """Of samples [B, ...], those of the images [G, ...]."""
         rows = torch.tensor([image.row for image in self.plan.images])
@@ -146,14 +156,11 @@ class LayerState:
     def tokens(self, step: Step, hidden: Tensor) -> VisualTokens:
         """What a method sees at one of its stages."""
         flat = hidden.detach().flatten(0, 1)
-        gone = ~self.alive
-        signals = {}
+        signals: dict[str, Tensor] = {}
         for signal in step.stage.needs:
-            value = self.signals[signal]  # type: ignore[index]
-            by_token = value.shape[:2] == gone.shape
-            shape = (*gone.shape, *(1,) * (value.dim() - 2))
-            signals[signal.key] = value.masked_fill(gone.view(shape), 0.0) if by_token else value
-        return VisualTokens(
+            found = self.signals[signal]  # type: ignore[index]
+            signals |= found if isinstance(found, dict) else {signal.key: found}
+        tokens = VisualTokens(
             flat[self.where.clamp(max=len(flat) - 1)],
             tuple(image.layout for image in self.plan.images),
             ordinals(self.plan.images),
@@ -165,6 +172,7 @@ class LayerState:
             self.entered_counts.setdefault(id(step.method), self.alive_counts),
             self.size,
         )
+        return tokens.with_signals_cleared()
 
     def merge(self, kept: Kept, hidden: Tensor) -> Tensor:
         """Hidden states [B, M, d] with the new values of a step written in."""

@@ -28,6 +28,7 @@ from vtc.engine.lengths import adopt, slot_map, stage_of
 from vtc.engine.plan import check_no_gradient
 from vtc.engine.probe import recipes
 from vtc.engine.rows import AttentionRows
+from vtc.engine.view import View
 from vtc.methods.returns import check_scores
 from vtc.methods.stages import Step
 from vtc.models import Parts
@@ -98,14 +99,15 @@ class LayerStages:
         call = _LayerCall.of(self.parts.spellings.layers[index], args, kwargs)
         step = self.steps[inside.stages_done] if inside.stages_done < len(self.steps) else None
         shortened = self._fitted(index, running, call) if inside.stages_done else call
-        if index in self.read_at:
-            view = _View.of(self, index, layer, running, shortened)
-            inside.signals |= {signal: signal.read(view) for signal in self.read_at[index]}
-        if step is not None and _after(step) == index:
-            call.hidden = self._drop(index, running, shortened)
-            shortened = self._fitted(index, running, call)
-        elif shortened is call:
-            return None
+        asked = self.read_at.get(index, [])
+        if step is None or _after(step) != index:
+            self._read(asked, index, layer, running, shortened)
+            return None if shortened is call else (shortened.args, shortened.keywords)
+        self._read([s for s in asked if s in step.stage.needs], index, layer, running, shortened)
+        call.hidden = self._drop(index, running, shortened)
+        shortened = self._fitted(index, running, call)
+        ahead = [signal for later in self.steps[inside.stages_done :] for signal in later.stage.needs]
+        self._read([s for s in asked if s in ahead], index, layer, running, shortened)  # of what is left
         return shortened.args, shortened.keywords
 
     def after_module(
@@ -226,6 +228,39 @@ class LayerStages:
 
     # -- signals --------------------------------------------------------------------------------------------------
 
+    def _read(
+        self, signals: Sequence[DecoderSignal], index: int, layer: nn.Module, running: Call, call: _LayerCall
+    ) -> None:
+        """Make signals of what a layer is about to be given."""
+        if not signals:
+            return
+        inside, cache, given = running.inside, call[CACHE], call[MASK]
+        assert inside is not None
+        past, head = self.stored(index, running, cache)
+        prepared = None
+        if running.prepared and isinstance(given, Tensor) and given.dim() == 4:
+            start = self.start(index, inside, cache, past)
+            prepared = given[..., start : start + inside.index.shape[1]]
+        hidden = call.hidden.detach()
+
+        def project(which: Tensor, longest: int) -> AttentionRows:
+            return AttentionRows.of(
+                layer,
+                self.recipes[index],
+                hidden,
+                call[ROTARY],
+                self.positions(call),
+                which,
+                longest,
+                keys=stored_keys(cache, index, past),
+                valid=inside.padding(past, head),
+                prepared=prepared,
+                window=window_of(self.parts.decoder.config, index),
+            )
+
+        view = View(inside, hidden, prepared is not None, project)
+        inside.signals |= {signal: signal.read(view) for signal in signals}
+
     def positions(self, call: _LayerCall) -> Tensor | None:
         """Position ids [B, M] of a call, where layers compute with them."""
         ids = call[POSITIONS] if self.reads_positions else None
@@ -255,48 +290,6 @@ class LayerStages:
             running.later_masks[key] = causal_mask(self.parts.decoder.config, index, hidden, padding, cache)
         call[MASK] = running.later_masks[key]
         return args, call.named
-
-
-class _View:
-    """What signals of one layer see of a prefill; rows are projected once for all of them."""
-
-    def __init__(self, inside: LayerState, hidden: Tensor, bidirectional: bool, project: Callable[..., AttentionRows]):
-        self.inside, self.hidden, self.bidirectional, self._project = inside, hidden, bidirectional, project
-        self.visual = inside.visual
-        self.text, self._longest = inside.text_behind()
-        self.per_token, self.per_image = inside.per_token, inside.per_image
-        self._rows: dict[str, AttentionRows] = {}
-
-    @classmethod
-    def of(cls, stages: LayerStages, index: int, layer: nn.Module, running: Call, call: _LayerCall) -> _View:
-        inside = running.inside
-        assert inside is not None
-        cache, given = call[CACHE], call[MASK]
-        past, head = stages.stored(index, running, cache)
-        prepared = None
-        if running.prepared and isinstance(given, Tensor) and given.dim() == 4:
-            start = stages.start(index, inside, cache, past)
-            prepared = given[..., start : start + inside.index.shape[1]]
-        hidden = call.hidden.detach()
-        project = functools.partial(
-            AttentionRows.of,
-            layer,
-            stages.recipes[index],
-            hidden,
-            call[ROTARY],
-            stages.positions(call),
-            keys=stored_keys(cache, index, past),
-            valid=inside.padding(past, head),
-            prepared=prepared,
-            window=window_of(stages.parts.decoder.config, index),
-        )
-        return cls(inside, hidden, prepared is not None, project)
-
-    def rows(self, which: str) -> AttentionRows:
-        if which not in self._rows:
-            wanted = (self.text, self._longest) if which == "text" else (self.visual, max(self.inside.seen_by_row()))
-            self._rows[which] = self._project(*wanted)
-        return self._rows[which]
 
 
 @dataclass

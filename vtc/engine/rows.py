@@ -72,7 +72,8 @@ class AttentionRows:
         """
         attention = inner.self_attention(layer)
         assert attention is not None
-        index = which.to(torch.int8).argsort(dim=1, stable=True)[:, -max(1, longest) :]
+        past = 0 if keys is None else keys.shape[2]
+        index = at_the_end(which, longest, None if valid is None else valid[:, past:])
         x = inner.norm(layer, hidden, recipe)
         turns = [part.expand(len(x), -1, -1) for part in rotary or ()]
         rows, *row_turns = gather_columns((x, *turns), index)
@@ -80,7 +81,6 @@ class AttentionRows:
         if positions is not None:
             query = inner.scale_by_position(attention, query, positions.gather(1, index))
         key = inner.project(attention, x, turns, "k", recipe)
-        past = 0 if keys is None else keys.shape[2]
         if keys is not None:
             key = torch.cat([keys.to(key.dtype), key], dim=2)
         allowed = None
@@ -105,10 +105,17 @@ class AttentionRows:
         return self._attend(slice(None), self.there)
 
     def last(self) -> Tensor:
-        """The same of the last row alone, which is the last column where none is wanted."""
+        """The same of the last row alone, which is the last real column where none is wanted."""
         return self._attend(slice(-1, None), None)
 
-    def _attend(self, rows: slice, counted: Tensor | None) -> Tensor:
+    def each(self) -> Tensor:
+        """float32 [B, T, M]: the same of every row by itself, zeros for those that are not there.
+
+        Where none is wanted, the last row is that of the last real column.
+        """
+        return self._attend(slice(None), or_the_last(self.there), each=True)
+
+    def _attend(self, rows: slice, counted: Tensor | None, each: bool = False) -> Tensor:
         position, length = self.position[:, rows], self.key.shape[2]
         if self.allowed is not None:  # says it all
             position = torch.full_like(position, length - 1)
@@ -122,5 +129,26 @@ class AttentionRows:
             allowed=None if self.allowed is None else self.allowed[:, rows],
             window=self.window if self.allowed is None else None,
             cap=inner.softcap(self.attention),
+            each=each,
         )
-        return weights[:, self.past :]
+        return weights[..., self.past :]
+
+
+def at_the_end(which: Tensor, longest: int, real: Tensor | None) -> Tensor:
+    """LongTensor [B, T], T = max(1, longest): the columns wanted, in order and at the end of each row.
+
+    What fills a row up in front of them are other columns, and padding only where there is no other.
+
+    Args:
+        which: bool [B, M], the columns wanted.
+        longest: the most that any row wants (host integer).
+        real: bool [B, M], columns that are no padding; ``None``: all.
+    """
+    rank = which.to(torch.int8) if real is None else which.to(torch.int8) + (which | real).to(torch.int8)
+    return rank.argsort(dim=1, stable=True)[:, -max(1, longest) :]
+
+
+def or_the_last(there: Tensor) -> Tensor:
+    """Bool [B, T] ``there``, and the last entry of rows that have none."""
+    alone = torch.arange(there.shape[1], device=there.device) == there.shape[1] - 1
+    return there | (alone & ~there.any(1, keepdim=True))

@@ -10,7 +10,7 @@ from typing import ClassVar
 from vtc.budget import Keep
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage
 from vtc.methods.divprune import DivPrune
-from vtc.methods.registry import register_method
+from vtc.methods.registry import list_methods, method_class, register_method
 from vtc.methods.transprune import TransPrune
 from vtc.methods.wrapper import take_over
 from vtc.places import Layer
@@ -29,9 +29,10 @@ class Chain(Method):
     2. ``second`` works inside the model only; its shares and counts refer to what ``first`` left.
     3. So ``vtc.Chain(vtc.DivPrune(keep=0.5), vtc.TransPrune(keep=0.25))`` ends with 12.5 % of the tokens.
 
-    ``keep`` and ``newlines`` are those of ``first`` and, when given, replace them. The second of a chain is
-    ``vtc.TransPrune()``, or ``vtc.ToDRE(keep=1.0, stage2=True)``, which is its stage 2 alone. A chain whose second
-    would keep more tokens than the first leaves, or would choose where the first has chosen already, is refused.
+    ``keep`` and ``newlines`` are those of ``first`` and, when given, replace them. The second of a chain is a method
+    that drops nothing before the model: TransPrune, PyramidDrop, FastV, SparseVLM, DART, or
+    ``vtc.ToDRE(keep=1.0, stage2=True)``, which is its stage 2 alone. A chain whose second would keep more tokens than
+    the first leaves, or would choose where the first has chosen already, is refused.
     TransPrune's paper puts it on VisionZip and CDPruner, which leave 24 tokens of 576, with 97.2 and 97.6 % of their
     accuracy.
 
@@ -66,7 +67,7 @@ class Chain(Method):
         if second.prunes_at_entry:
             raise ValueError(
                 f"second={shown(second)} chooses before the language model, where first={shown(first)} has chosen "
-                "already; what works inside it: vtc.TransPrune(), or vtc.ToDRE(keep=1.0, stage2=True)"
+                f"already; what works inside it: {', '.join(_inside())} or vtc.ToDRE(keep=1.0, stage2=True)"
             )
         if isinstance(first.keep, int) and isinstance(second.keep, int) and second.keep > first.keep:
             raise ValueError(
@@ -133,3 +134,9 @@ class Chain(Method):
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Never asked: its members are."""
         raise NotImplementedError("the stages of a chain are those of its parts; see Method.members")
+
+
+def _inside() -> list[str]:
+    """Vtc's own methods that drop nothing before the language model."""
+    own = [cls for cls in map(method_class, list_methods()) if cls.__module__.startswith("vtc.methods.")]
+    return [f"vtc.{cls.__name__}()" for cls in own if not cls().prunes_at_entry]

@@ -20,14 +20,28 @@ from vtc.values import whole
 class FastV(Scorer):
     """After ``layer`` layers, keep the tokens that the prompt's last token looked at most in the layer just done.
 
-    Published: ``keep=0.5``, ``layer=2``. The paper averages over all queries, the code reads the last row, as here.
+    1. Score: attention that the last token of the prompt paid the token in the layer before, averaged over heads. The
+       softmax runs over all tokens. One row is computed again for it; attention maps are never asked for.
+    2. The highest stay, in their old order and with their old positions, as in the code.
+
+    The paper scores by the attention of all queries, the code reads the last row, as here. The code needs the maps of
+    every layer, assumes a system prompt of 36 tokens where Vicuna's has 35, so that its window is off by one, and
+    takes one prompt at a time. A prompt that ends in its image is judged by its last token all the same.
+
+    Published: ``layer=2``, ``keep=0.5`` (288 of 576 tokens), and 0.25.
+    Headline: LLaVA-1.5-7B at 52.6 % of the FLOPs (2.01 TFLOPs) is near lossless. To repeat it:
+
+    python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,textvqa_val,pope,mme,mmbench_en_dev
+    --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,method=fastv,keep=0.5
+
+    Attributes:
+        layer: how many layers run before, at least 1.
     """
 
     layer: int = 2
     name: ClassVar[str] = "fastv"
     paper: ClassVar[Paper] = Paper(
-        "An image is worth 1/2 tokens after layer "
-        "2: plug-and-play inference acceleration for large vision-language models",
+        "An image is worth 1/2 tokens after layer 2: plug-and-play inference acceleration for large VLMs",
         "ECCV",
         2024,
         "2403.06764",

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vtc import values
-from vtc.budget import Keep, share, truncated
 from vtc.methods.base import ModelFacts, Paper, Scorer, Stage
 from vtc.methods.registry import register_method
+from vtc.methods.schedule import Scheduled
 from vtc.places import Layer
 from vtc.signals import Rows, Transitions
 from vtc.tokens import VisualTokens
-from vtc.values import shown, whole
+from vtc.values import share, shown, whole
 
-LAYERS = (7, 9, 12)
-OF = 32
 RATIOS = (0.875, 0.625, 0.125)
 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class TransPrune(Scorer):
+class TransPrune(Scheduled, Scorer):
     """Drop tokens inside the language model, in three steps: those that the layers hardly change and no word looks at.
 
     1. Everything enters. After layers 7, 9 and 12 of 32, 87.5, 62.5 and 12.5 % of the visual tokens go on.
@@ -63,9 +58,7 @@ class TransPrune(Scorer):
         alpha: weight of the transition, in [0, 1]; the instruction has the rest.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
-    layers: tuple[int, ...] | None = None
-    ratios: tuple[float, ...] = RATIOS
+    ratios: tuple[float, ...] | None = RATIOS
     since: int | None = None
     variant: Literal["code", "paper"] = "code"
     alpha: float = 0.5
@@ -75,69 +68,29 @@ class TransPrune(Scorer):
         "TransPrune: token transition pruning for efficient large vision-language models", "CVPR", 2026, "2507.20630"
     )
     query_aware: ClassVar[bool] = True
+    published: ClassVar[tuple[int, ...]] = (7, 9, 12)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", _entries("ratios", self.ratios, values.share, "shares in (0, 1]"))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _entries("layers", self.layers, whole, "layer numbers, counted from 1"))
+        super().__post_init__()
         if self.since is not None:
             object.__setattr__(self, "since", whole("since", self.since, "it is a layer number, counted from 1"))
-        self._check_schedule()
-        if self.keep is None:
-            object.__setattr__(self, "keep", self.ratios[-1])
-        super().__post_init__()
+            if self.layers is None or not 1 <= self.since <= self.layers[0]:
+                raise ValueError(
+                    f"since={shown(self.since)} must lie in [1, layers[0]], and layers={shown(self.layers)} be given"
+                )
         if self.variant not in ("code", "paper"):
             raise ValueError(f"variant={shown(self.variant)} is neither 'code' nor 'paper'")
-        object.__setattr__(self, "alpha", values.share("alpha", self.alpha, "it must lie in [0, 1]"))
-
-    def _check_schedule(self) -> None:
-        layers, ratios = self.layers, self.ratios
-        if not ratios or not all(ratios) or ratios[-1] == 1:
-            raise ValueError(f"ratios={shown(ratios)} must be shares in (0, 1], one for each stage, the last below 1")
-        if any(b > a for a, b in pairwise(ratios)):
-            raise ValueError(
-                f"ratios={shown(ratios)} grow: dropped tokens cannot come back; give them in falling order"
-            )
-        if layers is None and len(ratios) != len(LAYERS):
-            raise ValueError(
-                f"ratios={shown(ratios)} are not for the 3 published stages, after layers {LAYERS}; give layers"
-            )
-        if layers is not None:
-            if len(layers) != len(ratios):
-                raise ValueError(
-                    f"layers={shown(layers)} and ratios={shown(ratios)} must have one entry for each stage"
-                )
-            if layers[0] < 1 or any(b <= a for a, b in pairwise(layers)):
-                raise ValueError(f"layers={shown(layers)} must be rising layer numbers, counted from 1")
-        first = LAYERS[0] if layers is None else layers[0]
-        if self.since is not None and (layers is None or not 1 <= self.since <= first):
-            raise ValueError(
-                f"since={shown(self.since)} must lie in [1, layers[0]], and layers={shown(layers)} be given"
-            )
+        object.__setattr__(self, "alpha", share("alpha", self.alpha, "it must lie in [0, 1]"))
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """After layers 7, 9 and 12 of 32, or what the options say."""
-        depth = model.depth
-        layers = scaled_layers(depth) if self.layers is None else self.layers
-        if layers[-1] >= depth:
-            raise ValueError(
-                f"layers={shown(layers)}: after layer {layers[-1]} nothing is left of this model's {depth} layers to "
-                f"save; stages must come after layers 1 to {depth - 1}"
-            )
+        layers = self.places(model.depth)
         since = layers[0] if self.since is None else self.since
         paper = self.variant == "paper"
         return tuple(
             Stage(Layer(after), needs=(Transitions(since - 1, until=after, absolute=paper), Rows(after, of="text")))
             for after in layers
         )
-
-    def quota(self, n: int, stage: Stage) -> int:
-        """The share of a stage, cut to an integer, at least 1."""
-        return max(min(1, n), truncated(self._ratio(stage.number, n), n))
-
-    def _ratio(self, index: int, given: int) -> float:
-        """The published ratio of a stage, bent so that the last one is ``keep``."""
-        return 1.0 - (1.0 - self.ratios[index]) * (1.0 - share(self.keep or 0.0, given)) / (1.0 - self.ratios[-1])
 
     def score(self, stage: Stage, tokens: VisualTokens) -> Tensor:
         """Steps 2 to 4; summed in float64, so that padding does not change it."""
@@ -146,28 +99,3 @@ class TransPrune(Scorer):
             signal = tokens.signals[name].double().nan_to_num().masked_fill(~tokens.mask, 0.0)
             parts.append(signal / (signal.sum(-1, keepdim=True) + 1e-8))
         return (self.alpha * parts[0] + (1.0 - self.alpha) * parts[1]).float()
-
-
-def scaled_layers(depth: int) -> tuple[int, ...]:
-    """The published layers 7, 9, 12 of 32 in a model of ``depth`` layers: rounded, rising, the last below ``depth``.
-
-    Raises:
-        ValueError: fewer than 4 layers have no room for three stages.
-    """
-    if depth <= len(LAYERS):
-        raise ValueError(
-            f"transprune has {len(LAYERS)} stages, and a language model of {depth} layers has room for {depth - 1}; "
-            "give layers and ratios of your own, such as vtc.TransPrune(layers=(1,), ratios=(0.25,))"
-        )
-    layers: list[int] = []
-    for at, published in enumerate(LAYERS):
-        place = (2 * published * depth + OF) // (2 * OF)  # rounded half up
-        layers.append(min(max(place, at + 1, layers[-1] + 1 if layers else 1), depth - len(LAYERS) + at))
-    return tuple(layers)
-
-
-def _entries(name: str, given: Any, each: Callable[..., Any], what: str) -> tuple[Any, ...]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{name}={shown(given)} must be a tuple of {what}, one for each stage")
-    entries = tuple(given)
-    return tuple(each(name, entry, f"{name}={shown(entries)} must be {what}, one for each stage") for entry in entries)

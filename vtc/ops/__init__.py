@@ -1,5 +1,6 @@
 """Pure tensor functions: batched, free of host synchronisation, traceable into one graph, deterministic."""
 
+from vtc.ops.clustering import density_peaks, squared_distances
 from vtc.ops.greedy import farthest_first, max_marginal_relevance, max_sum
 from vtc.ops.merging import cosines, cosines_to, first_near, gathered, nearest
 from vtc.ops.recursion import first_max
@@ -9,6 +10,7 @@ __all__ = [
     "cosines",
     "cosines_to",
     "crop_budgets",
+    "density_peaks",
     "farthest_first",
     "first_max",
     "first_near",
@@ -17,5 +19,6 @@ __all__ = [
     "max_marginal_relevance",
     "max_sum",
     "nearest",
+    "squared_distances",
     "transition_variation",
 ]

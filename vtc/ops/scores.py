@@ -100,6 +100,7 @@ def row_attention(
     allowed: Tensor | None = None,
     window: int | None = None,
     cap: float | None = None,
+    each: bool = False,
 ) -> Tensor:
     """Softmax attention of some rows to all keys, averaged over heads and rows.
 
@@ -115,9 +116,10 @@ def row_attention(
         allowed: bool [B, T, L], what a row may attend to besides (prefix-LM families, with ``position`` at the end).
         window: how many keys back a row sees, itself included; ``None``: all.
         cap: logits become ``cap * tanh(logit / cap)``; ``None``: they stay.
+        each: average over heads only; there is no kernel for it.
 
     Returns:
-        Float32 [B, L]; a row gives 0 to what it does not see.
+        Float32 [B, L]; a row gives 0 to what it does not see. With ``each`` [B, T, L], zeros for rows not counted.
 
     Raises:
         ValueError: shapes that do not fit, a position that is not long.
@@ -131,7 +133,7 @@ def row_attention(
     _check_bool("counted", counted, (b, steps))
     _check_bool("mask", mask, (b, length))
     _check_bool("allowed", allowed, (b, steps, length))
-    if backend(query.device) == "triton":
+    if backend(query.device) == "triton" and not each:
         from vtc.ops.kernels import rows
 
         return rows.row_attention(query, key, scale, position, counted, mask, allowed, window, cap)
@@ -143,7 +145,7 @@ def row_attention(
     if mask is not None:
         k = k.masked_fill(~mask[:, None, :, None], 0.0)
     column = torch.arange(length, device=query.device)
-    total = q.new_zeros(b, length)
+    total, apart = q.new_zeros(b, length), []
     for first in range(0, steps, ROWS):
         some = slice(first, first + ROWS)
         at = position[:, some, None]
@@ -161,7 +163,12 @@ def row_attention(
             logits = cap * torch.tanh(logits / cap)
         logits = logits.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
         weights = logits.softmax(-1).mean(1).masked_fill(~(seen & counted[:, some, None]), 0.0)
-        total = total + weights.sum(1)
+        if each:
+            apart.append(weights)
+        else:
+            total = total + weights.sum(1)
+    if each:
+        return torch.cat(apart, 1)
     return total / counted.sum(1, keepdim=True).clamp_min(1)
 
 

@@ -6,12 +6,14 @@ the module it reads and what it makes of that; attention maps are never asked fo
 
 from vtc.signals.base import DecoderSignal, PromptSignal, Signal, TowerSignal
 from vtc.signals.cls import Cls, ClsLogits
+from vtc.signals.columns import Columns
 from vtc.signals.keys import LayerKeys, TowerKeys
+from vtc.signals.rating import Rating
 from vtc.signals.received import Received
-from vtc.signals.rows import Rows
+from vtc.signals.rows import Rows, TextRows
 from vtc.signals.share import Share
 from vtc.signals.states import ProjectorInput, TowerFeatures
-from vtc.signals.text import Text
+from vtc.signals.text import LayerText, Text
 from vtc.signals.transitions import Transitions
 from vtc.signals.wide import ClsWide, KeysWide
 
@@ -32,16 +34,20 @@ __all__ = [
     "Cls",
     "ClsLogits",
     "ClsWide",
+    "Columns",
     "DecoderSignal",
     "KeysWide",
     "LayerKeys",
+    "LayerText",
     "ProjectorInput",
     "PromptSignal",
+    "Rating",
     "Received",
     "Rows",
     "Share",
     "Signal",
     "Text",
+    "TextRows",
     "TowerFeatures",
     "TowerKeys",
     "TowerSignal",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -34,6 +34,10 @@ class Signal(ABC):
     def key(self) -> str:
         """Where a method finds it in ``tokens.signals``."""
         return self.name or self.kind
+
+    def bare(self, features: Tensor, given: Mapping[str, Tensor]) -> Tensor | None:
+        """What ``vtc.select`` makes of features [1, N, d] and tensors given, where this is not among them."""
+        return None
 
     def blank(self, images: int, tokens: int) -> Tensor:
         """What it would be where there is nothing to see."""
@@ -146,6 +150,10 @@ class RowsView(Protocol):
         """The same of the last row alone."""
         ...
 
+    def each(self) -> Tensor:
+        """Float32 [B, T, M]: the same of every row by itself; of the last column where no row is there."""
+        ...
+
 
 class LayerView(Protocol):
     """What a signal of the language model sees: one layer, about to run, and the sequence in front of it."""
@@ -154,6 +162,8 @@ class LayerView(Protocol):
     """[B, M, d], what enters the layer."""
     visual: Tensor
     """bool [B, M]: columns of visual tokens that are still there."""
+    valid: Tensor
+    """bool [B, M]: columns that are no padding."""
     text: Tensor
     """bool [B, M]: real text behind the last image of each sample that has one."""
     bidirectional: bool
@@ -165,6 +175,10 @@ class LayerView(Protocol):
 
     def per_token(self, columns: Tensor) -> Tensor:
         """Of columns [B, M, ...], those of the images' tokens [G, N, ...], 0 where they left."""
+        ...
+
+    def per_text(self, columns: Tensor) -> Tensor:
+        """Of columns [B, M, ...], those of ``text`` [G, T, ...]: in order, at the end, 0 in front of them."""
         ...
 
     def per_image(self, samples: Tensor) -> Tensor:
@@ -194,8 +208,11 @@ class DecoderSignal(Signal):
         """Signals with equal scorers score a module alike, so that one does it for all."""
         return self
 
-    def read(self, view: LayerView) -> Tensor:
-        """Make the signal at its layer: float32 [G, N] or [G, N, c] by token, or [G] by image."""
+    def read(self, view: LayerView) -> Tensor | dict[str, Tensor]:
+        """Make the signal at its layer: [G, N] or [G, N, c] by token, [G] by image, or what :attr:`axes` says.
+
+        Where something has to be known beside it, tensors by name; the first has the signal's :attr:`key`.
+        """
         raise NotImplementedError
 
     def score(self, before: Tensor, after: Tensor, real: Tensor, visual: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -30,11 +30,28 @@ class TowerKeys(TowerSignal):
 
 @dataclass(frozen=True)
 class LayerKeys(DecoderSignal):
-    """Keys of the images' tokens in a layer of the language model, after RoPE, heads side by side: [G, N, Hkv * dh]."""
+    """Keys in a layer of the language model, after RoPE, heads side by side: [G, N, Hkv * dh], or [G, T, Hkv * dh].
+
+    Attributes:
+        layer: counted from 0.
+        of: ``visual``: of the images' tokens; ``text``: of the text behind the last image, as in :class:`LayerText`.
+    """
+
+    of: Literal["visual", "text"] = "visual"
 
     kind: ClassVar[str] = "layer_keys"
 
+    @property
+    def key(self) -> str:
+        """``layer_keys``, or ``text_layer_keys``."""
+        return self.name or (f"text_{self.kind}" if self.of == "text" else self.kind)
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Text has none of visual tokens."""
+        return {self.key: None} if self.of == "text" else {}
+
     def read(self, view: LayerView) -> Tensor:
         """Those that the layer's attention rows are made with."""
-        keys = view.rows("text").new_keys  # [B, Hkv, M, dh]
-        return view.per_token(keys.transpose(1, 2).flatten(2).float())
+        keys = view.rows("text").new_keys.transpose(1, 2).flatten(2).float()  # [B, M, Hkv * dh]
+        return view.per_text(keys) if self.of == "text" else view.per_token(keys)

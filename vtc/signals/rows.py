@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vtc.signals.base import DecoderSignal, LayerView
@@ -32,3 +33,28 @@ class Rows(DecoderSignal):
         """The softmax runs over all that the rows see, stored keys too."""
         rows = view.rows("text")
         return view.per_token(rows.last() if self.of == "last" else rows.mean())
+
+
+@dataclass(frozen=True)
+class TextRows(DecoderSignal):
+    """Attention that each text token behind the last image pays in one layer, averaged over heads: [G, T, N].
+
+    Rows stand at the end, zeros in front of them. Where no text is behind the image, the last row is that of the
+    prompt's last token.
+    """
+
+    kind: ClassVar[str] = "text_rows"
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Tokens come last."""
+        return {self.key: 2}
+
+    def blank(self, images: int, tokens: int) -> Tensor:
+        """One row."""
+        return torch.zeros(images, 1, tokens)
+
+    def read(self, view: LayerView) -> Tensor:
+        """Memory is O(T x M): rows, never a map."""
+        columns = view.rows("text").each().mT  # [B, M, T]
+        return view.per_token(columns).mT

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.signals.base import PromptSignal
+from vtc.signals.base import DecoderSignal, LayerView, PromptSignal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +32,24 @@ class Text(PromptSignal):
         rows = torch.tensor(samples, device=embeds.device)
         gathered = embeds.detach().gather(1, order[..., None].expand_as(embeds))
         return {self.key: gathered[rows], f"{self.key}_mask": text.gather(1, order)[rows]}
+
+
+@dataclass(frozen=True)
+class LayerText(DecoderSignal):
+    """Hidden states of the text behind the last image, as they enter a layer of the language model: [G, T, d].
+
+    They stand at the end, zeros in front of them; beside them bool [G, T], which are real, under ``text_mask`` (or
+    ``NAME_mask``).
+    """
+
+    kind: ClassVar[str] = "text"
+    needs_rows: ClassVar[bool] = False
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """It has none of visual tokens."""
+        return {self.key: None, f"{self.key}_mask": None}
+
+    def read(self, view: LayerView) -> dict[str, Tensor]:
+        """Gathered."""
+        return {self.key: view.per_text(view.hidden), f"{self.key}_mask": view.per_text(view.text)}
