@@ -63,7 +63,7 @@ class Adaptive(Wrapper):
     at_most: Keep | None = field(default=None, kw_only=True, repr=False)
 
     name: ClassVar[str] = "adaptive"
-    adaptive: ClassVar[bool] = True
+    content_decides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         rule = "it is a cosine distance, 1 - cosine, and must lie in [0, 1)"

@@ -44,7 +44,7 @@ class Allocator(Method):
                 "out budgets. What would work: vtc.DivPrune(), or with it "
                 f"vtc.Chain(vtc.{type(self).__name__}(), second)"
             )
-        if self.selector.adaptive:
+        if self.selector.content_decides:
             raise ValueError(
                 f"selector={shown(self.selector)} decides by the content of an image how many tokens stay, so that no "
                 "budget can be shared out. What would work: vtc.DivPrune()"

@@ -140,7 +140,7 @@ class Method(ABC):
     nested: ClassVar[bool] = False
     """True when a smaller budget keeps the first of a larger: the order of picking does not depend on how many are
     asked for. Then :mod:`vtc.methods.adaptive` can stop it early."""
-    adaptive: ClassVar[bool] = False
+    content_decides: ClassVar[bool] = False
     """True when ``keep`` is the most that stays, 1.0 too, and the content decides how many do. Then :meth:`counts` is
     ``None`` before the language model."""
 
@@ -261,7 +261,7 @@ class Scorer(Method):
 
 def keeps_all(method: Method) -> bool:
     """Whether every token stays where the keep decides: the float 1.0."""
-    return isinstance(method.keep, float) and method.keep == 1.0 and not method.adaptive
+    return isinstance(method.keep, float) and method.keep == 1.0 and not method.content_decides
 
 
 def first_of(picks: Tensor, budget: tuple[int, ...], n: int) -> Tensor:

@@ -88,9 +88,9 @@ class Chain(Method):
         return self.first.merges or self.second.merges
 
     @property
-    def adaptive(self) -> bool:  # type: ignore[override]
+    def content_decides(self) -> bool:  # type: ignore[override]
         """If ``first`` is."""
-        return self.first.adaptive
+        return self.first.content_decides
 
     @property
     def members(self) -> tuple[Method, ...]:

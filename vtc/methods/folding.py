@@ -6,32 +6,33 @@ from dataclasses import replace
 
 import torch
 
-from vtc.methods.base import Reduction
-from vtc.ops import cosines, gathered, nearest
-from vtc.tokens import VisualTokens, column
+from vtc.methods.base import Reduction, marked, read_of
+from vtc.ops import cosines_to, gathered, nearest
+from vtc.ops.merging import ENTRIES, unit_rows
+from vtc.tokens import VisualTokens
 
 
 def folded(found: Reduction, tokens: VisualTokens) -> Reduction:
     """The same places with means: of what stands there and of all that leaves and is most similar to it (cosine).
 
-    A token counts as many as it stands for, where something was merged before. Image by image, in float64.
+    Newlines, and tokens without a direction, join and take nobody. A token counts as many as it stands for.
 
     Args:
-        found: who stays, with counts, as from ``Reduction.of_mask``: no index twice, even where it is not read.
+        found: what stays, with its counts.
         tokens: what it was chosen from.
     """
     assert found.counts is not None
-    there = torch.arange(found.index.shape[1], device=found.index.device) < column(found.counts, found.index.device)
-    weight = torch.ones_like(tokens.mask, dtype=torch.double) if tokens.size is None else tokens.size.double()
-    features, sizes = [], []
-    parts = (tokens.features.detach(), weight, tokens.mask, found.index, there)
-    for x, w, mask, at, stays in zip(*(part.split(1) for part in parts), strict=True):
-        x = x.double().masked_fill(~mask[..., None], 0.0)
-        leaves = mask.scatter(1, at, mask.gather(1, at) & ~stays)
-        kept = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-        group = nearest(cosines(x, kept), leaves, stays)
-        total, joined = (gathered(v, group, at.shape[1])[0] for v in (x * w[..., None], w[..., None]))
-        own = w.gather(1, at)[..., None]
-        features.append((kept * own + total) / (own + joined))
-        sizes.append((own + joined)[..., 0])
-    return replace(found, features=torch.cat(features).to(tokens.features.dtype), size=torch.cat(sizes).float())
+    x, n = tokens.features.detach(), tokens.mask.shape[1]
+    place = read_of(found.index, found.counts, n)  # [G, K]
+    at, k = place.clamp(max=n - 1), place.shape[1]
+    able = tokens.mask & tokens.where("image", "thumbnail", "crops", "frame") & (unit_rows(x) != 0).any(-1)
+    joins, takes = able & ~marked(place, n), able.gather(1, at) & (place < n)
+    group = torch.cat([nearest(like, joins[:, part], takes) for part, like in cosines_to(x, at)], 1)
+
+    weight = torch.ones_like(x[..., :1], dtype=torch.double) if tokens.size is None else tokens.size[..., None].double()
+    weighed = torch.cat([x.double() * weight, weight], -1)
+    some = max(1, ENTRIES // max(1, n * k))  # images at a time
+    parts = zip(weighed.split(some), group.split(some), strict=True)
+    total = weighed.gather(1, at[..., None].expand(-1, -1, weighed.shape[-1]))
+    total = total + torch.cat([gathered(values, to, k)[0] for values, to in parts])
+    return replace(found, index=at, features=(total[..., :-1] / total[..., -1:]).to(x), size=total[..., -1].float())

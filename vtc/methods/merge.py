@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from vtc.methods.base import Reduction, Stage, marked, read_of
+from vtc.methods.base import Reduction, Stage
+from vtc.methods.folding import folded
 from vtc.methods.registry import register_method
 from vtc.methods.wrapper import Wrapper
-from vtc.ops import cosines_to, gathered, nearest
-from vtc.ops.merging import ENTRIES, unit_rows
 from vtc.tokens import VisualTokens
 from vtc.values import shown
 
@@ -60,35 +57,11 @@ class Merge(Wrapper):
             )
 
     @property
-    def adaptive(self) -> bool:  # type: ignore[override]
+    def content_decides(self) -> bool:  # type: ignore[override]
         """As the selector is."""
-        return self.selector.adaptive
+        return self.selector.content_decides
 
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Step 1, then 2 and 3; waits for the device if the selector does."""
         found = self.chosen(stage, tokens, budget)
         return folded(found, tokens) if stage.at.before_the_model else found
-
-
-def folded(found: Reduction, tokens: VisualTokens) -> Reduction:
-    """Steps 2 and 3: the same places with the means of those who joined there.
-
-    Args:
-        found: what stays, with its counts.
-        tokens: what it was chosen from.
-    """
-    assert found.counts is not None
-    x, n = tokens.features.detach(), tokens.mask.shape[1]
-    place = read_of(found.index, found.counts, n)  # [G, K]
-    at, k = place.clamp(max=n - 1), place.shape[1]
-    able = tokens.mask & tokens.where("image", "thumbnail", "crops", "frame") & (unit_rows(x) != 0).any(-1)
-    joins, takes = able & ~marked(place, n), able.gather(1, at) & (place < n)
-    group = torch.cat([nearest(like, joins[:, part], takes) for part, like in cosines_to(x, at)], 1)
-
-    weight = torch.ones_like(x[..., :1], dtype=torch.double) if tokens.size is None else tokens.size[..., None].double()
-    weighed = torch.cat([x.double() * weight, weight], -1)
-    some = max(1, ENTRIES // max(1, n * k))  # images at a time
-    parts = zip(weighed.split(some), group.split(some), strict=True)
-    total = weighed.gather(1, at[..., None].expand(-1, -1, weighed.shape[-1]))
-    total = total + torch.cat([gathered(values, to, k)[0] for values, to in parts])
-    return replace(found, index=at, features=(total[..., :-1] / total[..., -1:]).to(x), size=total[..., -1].float())

@@ -1,6 +1,6 @@
 """Pure tensor functions: batched, free of host synchronisation, traceable into one graph, deterministic."""
 
-from vtc.ops.clustering import density_peaks, squared_distances
+from vtc.ops.density import density_peaks, squared_distances
 from vtc.ops.greedy import farthest_first, max_marginal_relevance, max_sum
 from vtc.ops.merging import cosines, cosines_to, first_near, gathered, nearest
 from vtc.ops.recursion import first_max

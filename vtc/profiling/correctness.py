@@ -78,7 +78,7 @@ def keeping_all(config: CompressionConfig) -> CompressionConfig | None:
     the content decides how many tokens stay.
     """
     method = config.build()
-    if method.adaptive or any(
+    if method.content_decides or any(
         isinstance(value, Method) and name != "selector" for name, value in config.options.items()
     ):
         return None

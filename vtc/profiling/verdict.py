@@ -27,7 +27,7 @@ def assumptions(
     if per_layer[-1] == 0:
         first = per_layer.index(0)
         yield f"After layer {first} {method.name} drops all visual tokens or none, by the question: counted as dropped."
-    if method.adaptive:
+    if method.content_decides:
         yield f"How many tokens {method.name} keeps depends on the picture: counted with the most, keep={method.keep}."
     if method.name == "globalcom2":
         yield "How budgets spread over crops depends on the picture: counted for a picture that shows nothing."

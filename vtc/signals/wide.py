@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vtc.dialect import attention as inner
-from vtc.dialect.towers import Tower
+from vtc.dialect.towers import Heard, Tower
 from vtc.signals.cls import Cls
 from vtc.signals.keys import TowerKeys
 
@@ -27,7 +27,7 @@ class ClsWide(Cls):
         """As of :class:`Cls`."""
         return self.name or Cls.kind
 
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """One row of products."""
         query, key = side_by_side(module, hidden[:, :1], "q"), side_by_side(module, hidden, "k")
         products = (query @ key.mT)[:, 0] * key.shape[-1] ** -0.5
@@ -45,7 +45,7 @@ class KeysWide(TowerKeys):
         """As of :class:`TowerKeys`."""
         return self.name or TowerKeys.kind
 
-    def read(self, tower: Tower, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """One projection."""
         return side_by_side(module, hidden, "k")[:, tower.special :]
 
