@@ -1,4 +1,4 @@
-"""Which tokens of an image are side by side: within its thumbnail, its crops and its frames, by layouts alone."""
+"""Which tokens of an image are side by side: neighbours and windows of its grids, runs of the raster order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtc.tokens import Layout
+from vtc.tokens import Layout, column
 
 CPU = torch.device("cpu")  # whatever device is the default: what is here is kept
 
@@ -74,3 +74,21 @@ def _windows(layout: Layout, side: int) -> tuple[Tensor, tuple[int, ...]]:
         found[torch.tensor(region.tokens, device=CPU)] = own + len(sizes)
         sizes += own.bincount(minlength=high * wide).tolist()
     return found, tuple(sizes)
+
+
+def runs(mask: Tensor, counts: tuple[int, ...], number: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cut the tokens of each image into runs of equal length, of which the first ones may be longer by one.
+
+    Args:
+        mask: bool [G, N], tokens that are there.
+        counts: how many those are.
+        number: how many runs, at least 1.
+
+    Returns:
+        The run of each token, LongTensor [G, N], P for none; and how long each run is, LongTensor [G, P].
+    """
+    given, parts = column(counts, mask.device), column(number, mask.device)
+    index = torch.arange(max(number), device=mask.device)
+    lengths = (given // parts + (index < given % parts).long()).masked_fill(index >= parts, 0)
+    rank = (mask.cumsum(1) - 1).clamp(min=0)
+    return torch.searchsorted(lengths.cumsum(1), rank, right=True).masked_fill(~mask, len(index)), lengths
