@@ -79,6 +79,11 @@ class IDPruner(Centred):
         return (Stage(Entry(), needs=(*self.geometry_needs, *(self.importance.needs if self.importance else ()))),)
 
     @property
+    def query_aware(self) -> bool:  # type: ignore[override]
+        """If the importance is."""
+        return self.importance is not None and self.importance.query_aware
+
+    @property
     def remedy(self) -> str:
         """The importance that needs nothing."""
         return "vtc.IDPruner() without an importance takes what this model can give; vtc.FeatureNorm() needs nothing"

@@ -28,6 +28,8 @@ class Importance(ABC):
     """A score for every visual token, in any unit; more is more important. A value that a config can hold."""
 
     name: ClassVar[str]
+    query_aware: ClassVar[bool] = False
+    """True when the question decides the score."""
 
     @property
     def needs(self) -> tuple[Signal, ...]:

@@ -1,6 +1,7 @@
 """Pure tensor functions: batched, free of host synchronisation, traceable into one graph, deterministic."""
 
 from vtc.ops.density import density_peaks, squared_distances
+from vtc.ops.determinant import max_determinant
 from vtc.ops.greedy import farthest_first, max_marginal_relevance, max_sum
 from vtc.ops.merging import cosines, cosines_to, first_near, gathered, nearest
 from vtc.ops.recursion import first_max
@@ -16,6 +17,7 @@ __all__ = [
     "first_near",
     "gathered",
     "instruction_attention",
+    "max_determinant",
     "max_marginal_relevance",
     "max_sum",
     "nearest",
