@@ -23,7 +23,7 @@ def folded(found: Reduction, tokens: VisualTokens) -> Reduction:
     """
     assert found.counts is not None
     x, n = tokens.features.detach(), tokens.mask.shape[1]
-    place = read_of(found.index, found.counts, n)  # [G, K]
+    place, turn = read_of(found.index, found.counts, n).sort(1)  # [G, K], ascending: ties go to the lowest index
     at, k = place.clamp(max=n - 1), place.shape[1]
     able = tokens.mask & tokens.where("image", "thumbnail", "crops", "frame") & (unit_rows(x) != 0).any(-1)
     joins, takes = able & ~marked(place, n), able.gather(1, at) & (place < n)
@@ -35,4 +35,6 @@ def folded(found: Reduction, tokens: VisualTokens) -> Reduction:
     parts = zip(weighed.split(some), group.split(some), strict=True)
     total = weighed.gather(1, at[..., None].expand(-1, -1, weighed.shape[-1]))
     total = total + torch.cat([gathered(values, to, k)[0] for values, to in parts])
-    return replace(found, index=at, features=(total[..., :-1] / total[..., -1:]).to(x), size=total[..., -1].float())
+    total = total.gather(1, turn.argsort(1)[..., None].expand_as(total))  # in the selector's order again
+    features = (total[..., :-1] / total[..., -1:]).to(x)
+    return replace(found, index=found.index[:, :k], features=features, size=total[..., -1].float())
