@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from vtc.methods.divprune import DivPrune
 from vtc.methods.registry import register_method
 from vtc.methods.returns import check_reduction
 from vtc.methods.stages import Kept
+from vtc.methods.vcast import curvature, directions
+from vtc.methods.vidcom2 import frame_weights, likeness
+from vtc.methods.video import frames_of
+from vtc.ops.frames import in_shares
 from vtc.tokens import Layout, Region, VisualTokens
 from vtc.values import shown
 
@@ -140,17 +144,20 @@ def unsplit(kept: Kept, place: Tensor, tokens: VisualTokens, counts: tuple[int, 
 
 
 _SELECTOR = DivPrune()
+Frames = Literal["even", "curvature", "unique"]
 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class Allocate(Allocator):
-    """Share a budget out evenly, and let any method choose within each share.
+    """Share a budget out, evenly or by what changes in a video, and let any method choose within each share.
 
     1. ``by="image"``: one budget for each image, as every method has by itself. ``by="uniform"``: one for the
        thumbnail, each crop and each frame. ``by="frame"``: one for each frame of a video; pictures stay whole.
     2. The image's total is that of ``keep``, rounded once, and divided in proportion to the sizes of its regions; the
-       largest remainders get what is left over.
+       largest remainders get what is left over. Frames of a video may be weighed: ``frames="curvature"`` as V-CAST
+       does, by how sharply the video turns there, ``"unique"`` as VidCom², by how little a frame is like the video; a
+       token for each frame comes first, and what a full frame cannot take is divided among the others.
     3. The selector chooses within each region, as if it were an image of its own.
 
     ``uniform`` is the baseline that GlobalCom² is 1.4 points better than in its paper's ablation (LLaVA-NeXT-7B);
@@ -161,11 +168,14 @@ class Allocate(Allocator):
 
     Attributes:
         by: what has a budget of its own.
+        frames: how those of a video share it; other than "even" they must be of one size, and the host waits once for
+            each video.
         selector: the method that chooses; its own ``keep`` and ``newlines`` do not count.
     """
 
     selector: Method = _SELECTOR
     by: Literal["uniform", "image", "frame"] = "uniform"
+    frames: Frames = "even"
 
     name: ClassVar[str] = "allocate"
 
@@ -175,20 +185,32 @@ class Allocate(Allocator):
             raise TypeError("allocate shares out a budget only; give a selector, such as vtc.DivPrune()")
         if self.by not in ("uniform", "image", "frame"):
             raise ValueError(f"by={shown(self.by)} is neither 'uniform' nor 'image' nor 'frame'")
+        if self.frames not in get_args(Frames):
+            raise ValueError(f"frames={shown(self.frames)} is none of {', '.join(map(repr, get_args(Frames)))}")
+        if self.frames != "even" and self.by == "image":
+            raise ValueError(f"frames={shown(self.frames)} weighs frames, which have no budgets with by='image'")
         if self.newlines != "keep":
             raise ValueError(
                 f"newlines={shown(self.newlines)}: newline tokens belong to no region of an image; they are kept"
             )
 
     def share_out(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
-        """Steps 1 to 3; does not wait for the device if the selector does not."""
+        """Steps 1 to 3; does not wait for the device if the selector does not, and frames share evenly."""
         assert budget is not None
         regions = [self._regions(layout) for layout in tokens.layouts]
-        budgets = [
-            apportioned(total, [len(region.tokens) for region in of_image])
-            for total, of_image in zip(budget, regions, strict=True)
-        ]
+        budgets = [self._budgets(tokens, g, regions[g], total) for g, total in enumerate(budget)]
         return within(self.selector, stage, tokens, regions, budgets)
+
+    def _budgets(self, tokens: VisualTokens, g: int, regions: Sequence[Region], total: int) -> Sequence[int]:
+        layout = tokens.layouts[g]
+        shape = None if self.frames == "even" else frames_of(layout, self.name)
+        if shape is None:
+            return apportioned(total, [len(region.tokens) for region in regions])
+        x = tokens.features[g, : layout.length].unflatten(0, shape)
+        weights = curvature(directions(x)) if self.frames == "curvature" else frame_weights(likeness(x)[0])
+        least = min(1, total // shape[0])
+        counts: list[int] = (least + in_shares(weights, total - least * shape[0], shape[1] - least)).tolist()
+        return counts
 
     def _regions(self, layout: Layout) -> tuple[Region, ...]:
         split = self.by == "uniform" or (self.by == "frame" and bool(layout.of_kind("frame")))
