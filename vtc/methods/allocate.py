@@ -18,7 +18,7 @@ from vtc.methods.returns import check_reduction
 from vtc.methods.stages import Kept
 from vtc.methods.vcast import curvature, directions
 from vtc.methods.vidcom2 import frame_weights, likeness
-from vtc.methods.video import frames_of
+from vtc.methods.video import VideoMethod, frames_of
 from vtc.ops.frames import in_shares
 from vtc.tokens import Layout, Region, VisualTokens
 from vtc.values import shown
@@ -42,6 +42,11 @@ class Allocator(Method):
             return
         if not isinstance(self.selector, Method):
             raise TypeError(f"selector={shown(self.selector)} is no vtc.Method, such as vtc.DivPrune()")
+        if isinstance(self.selector, VideoMethod):
+            raise ValueError(
+                f"selector={shown(self.selector)} chooses in whole videos and shares out their frames itself. What "
+                "would work: vtc.DivPrune()"
+            )
         if not self.selector.prunes_at_entry:
             raise ValueError(
                 f"selector={shown(self.selector)} does not choose before the language model, where {self.name} shares "

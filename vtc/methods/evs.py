@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vtc.budget import truncated
+from vtc.budget import count, truncated
 from vtc.methods.base import Paper
 from vtc.methods.registry import register_method
 from vtc.methods.video import Cut, Video, VideoMethod
@@ -46,7 +46,7 @@ class EVS(VideoMethod):
     def total(self, frames: int, size: int) -> int:
         """Of the whole video, but at least a frame."""
         n = frames * size
-        return max(size, truncated(self.keep, n) if isinstance(self.keep, float) else min(self.keep, n))
+        return max(size, truncated(self.keep, n) if isinstance(self.keep, float) else count(self.keep, n))
 
     def cut(self, video: Video, k: int | None) -> Cut:
         """Both steps; nested in the budget."""

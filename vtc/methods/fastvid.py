@@ -90,12 +90,12 @@ class FastVID(Melting):
                 at = Reduction.of_mask(centre[t, None], (anchors[t],)).index
                 like = (z[a:b].flatten(0, 1) @ z[t, at[0]].mT)[None]
                 joins = nearest(like, ~keeps[a:b].flatten()[None], torch.ones_like(at, dtype=torch.bool))
-                total, members = (part[0] for part in gathered(x[a:b].flatten(0, 1)[None], joins, anchors[t]))
+                total, members = (of[0] for of in gathered(x[a:b].flatten(0, 1)[None], joins, anchors[t]))
                 weight = (1.0 / (members + 1.0)).clamp(min=self.beta)[:, None]
                 mean = total / members.clamp(min=1.0)[:, None]
                 values[t] = values[t].index_copy(0, at[0], weight * x[t, at[0]] + (1.0 - weight) * mean)
-                share = (members / sum(map(bool, anchors[a:b]))).clamp(min=1.0)  # members join in each such frame
-                sizes[t] = sizes[t].index_copy(0, at[0], share.float())
+                part = (members / sum(map(bool, anchors[a:b]))).clamp(min=1.0)  # members join in each such frame
+                sizes[t] = sizes[t].index_copy(0, at[0], part.float())
         return Cut(keeps | centre, frames * salient + sum(wanted), values, sizes)
 
     def _scenes(self, frames: Tensor) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vtc.budget import count
 from vtc.methods.base import Paper
 from vtc.methods.registry import register_method
 from vtc.methods.video import Cut, Video, VideoMethod
@@ -61,8 +62,7 @@ class VCast(VideoMethod):
 
     def total(self, frames: int, size: int) -> int:
         """At least a token a frame."""
-        n = frames * size
-        return max(frames, round(self.keep * n) if isinstance(self.keep, float) else min(self.keep, n))
+        return max(frames, count(self.keep, frames * size))
 
     def cut(self, video: Video, k: int | None) -> Cut:
         """Steps 1 to 3."""

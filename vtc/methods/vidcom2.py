@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.budget import share
+from vtc.budget import count, share
 from vtc.methods.base import Paper, keeps_all
 from vtc.methods.registry import register_method
 from vtc.methods.video import Cut, Video, VideoMethod
@@ -72,7 +72,7 @@ class VidCom2(VideoMethod):
     def total(self, frames: int, size: int) -> int:
         """As vLLM counts: ``int``, and at least a token a frame."""
         n = frames * size
-        return max(frames, int(n * self.keep) if isinstance(self.keep, float) else min(self.keep, n))
+        return max(frames, int(n * self.keep) if isinstance(self.keep, float) else count(self.keep, n))
 
     def cut(self, video: Video, k: int | None) -> Cut:
         """Steps 1 to 5."""

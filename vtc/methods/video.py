@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vtc.budget import count
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage, keeps_all
 from vtc.methods.saliency import Salient
 from vtc.places import Entry
@@ -167,8 +168,7 @@ class Melting(VideoMethod, Salient):
 
     def total(self, frames: int, size: int) -> int:
         """An integer, exactly; or all."""
-        n = frames * size
-        return n if isinstance(self.keep, float) else min(self.keep, n)
+        return count(self.keep, frames * size)
 
 
 def frames_of(layout: Layout, name: str) -> tuple[int, int] | None:
