@@ -106,8 +106,8 @@ class Heard:
 
 def beside(module: nn.Module, *names: str) -> Any:
     """The function of the first of these names, where a module's class or one that it derives from is defined."""
-    places = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules]
-    return next((place[name] for name in names for place in places if name in place), None)
+    sources = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules]
+    return next((source[name] for name in names for source in sources if name in source), None)
 
 
 def spelling(module: nn.Module) -> Spelling:
@@ -134,7 +134,9 @@ def knows_order(tower: Any) -> bool:
 
 
 def places(tower: Any, grids: Tensor) -> Tensor | None:
-    """Where each unit of merged patches stands inside a tower: LongTensor [units] in raster order; ``None``: there too.
+    """Where each unit of merged patches stands inside a tower, in raster order: LongTensor [units] on the host.
+
+    ``None`` where units keep their order.
 
     Args:
         tower: the tower.
@@ -144,7 +146,7 @@ def places(tower: Any, grids: Tensor) -> Tensor | None:
         return None
     find, config = _window_index(tower), tower.config
     assert find is not None  # or it was refused
-    inside, _ = find(grids, config.spatial_merge_size, config.window_size, config.patch_size)
+    inside, _ = find(grids.cpu(), config.spatial_merge_size, config.window_size, config.patch_size)
     return inside.argsort()
 
 

@@ -57,7 +57,7 @@ class Recorder:
             hidden = attention.hidden_states(args, kwargs)
         else:
             hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden.detach() if hidden.dim() == 3 else hidden.detach()[None]
+        hidden = hidden.detach()[None] if hidden.dim() == 2 else hidden.detach()
         heard = Heard.of(self.module, args, kwargs)
         found.setdefault(self.signal, []).append(self.signal.read(self.tower, self.module, hidden, heard))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.dialect.towers import Tower, knows_order, places
+from vtc.dialect.towers import Tower, knows_order, places, tower_of
 from vtc.feed import Feed, Picture
 from vtc.models import units
 from vtc.models.base import Adapter, Parts, register_model
@@ -55,7 +55,8 @@ class Grids(Adapter):
         ]
 
     def tower(self, base: Any, modality: str) -> Tower | None:
-        return Tower.of(base.visual) if knows_order(base.visual) else None
+        tower = tower_of(base, modality)
+        return Tower.of(tower) if knows_order(tower) else None
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
@@ -63,7 +64,7 @@ class Grids(Adapter):
         """Patches come unit by unit; in Qwen2.5-VL units come window by window."""
         unit = base.config.vision_config.spatial_merge_size**2
         means = values.unflatten(1, (-1, unit)).mean(2)
-        order = places(base.visual, torch.as_tensor(arguments[f"{modality}_grid_thw"]))
+        order = places(tower_of(base, modality), torch.as_tensor(arguments[f"{modality}_grid_thw"]))
         if order is not None:
             means = means[:, order.to(means.device, non_blocking=True)]
         return units.split(means, [layout.length for layout in layouts])
