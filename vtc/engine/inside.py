@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc.engine.compaction import Compaction, StageResult
 from vtc.engine.locate import by_row, ordinals
 from vtc.engine.plan import Plan, columns_of, written_into
-from vtc.engine.rows import at_the_end
+from vtc.engine.rows import at_the_end, at_the_end_of
 from vtc.methods.stages import Kept, Step
 from vtc.ops.gather import gather_columns
 from vtc.signals import DecoderSignal
@@ -146,7 +146,8 @@ class LayerState:
         index = at_the_end(which, longest, self.valid)
         there = which.gather(1, index).view(*index.shape, *(1,) * (columns.dim() - 2))
         (rows,) = gather_columns((columns,), index)
-        return self.per_image(rows.masked_fill(~there, 0))
+        rows = at_the_end_of(rows.masked_fill(~there, 0), max(1, longest))  # as many as ever, however few are left
+        return self.per_image(rows)
 
     def per_image(self, scores: Tensor) -> Tensor:
         """Of samples [B, ...], those of the images [G, ...]."""

@@ -135,7 +135,7 @@ class AttentionRows:
 
 
 def at_the_end(which: Tensor, longest: int, real: Tensor | None) -> Tensor:
-    """LongTensor [B, T], T = max(1, longest): the columns wanted, in order and at the end of each row.
+    """LongTensor [B, T], T at most max(1, longest): the columns wanted, in order and at the end of each row.
 
     What fills a row up in front of them are other columns, and padding only where there is no other.
 
@@ -146,6 +146,12 @@ def at_the_end(which: Tensor, longest: int, real: Tensor | None) -> Tensor:
     """
     rank = which.to(torch.int8) if real is None else which.to(torch.int8) + (which | real).to(torch.int8)
     return rank.argsort(dim=1, stable=True)[:, -max(1, longest) :]
+
+
+def at_the_end_of(rows: Tensor, room: int) -> Tensor:
+    """[B, K, ...], at most ``room`` rows, as [B, room, ...], zeros in front of them."""
+    blank = rows.new_zeros(len(rows), room - rows.shape[1], *rows.shape[2:])
+    return torch.cat([blank, rows], 1)
 
 
 def or_the_last(there: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class View:
         self.inside, self.hidden, self.bidirectional, self._project = inside, hidden, bidirectional, project
         self.visual, self.valid = inside.visual, inside.valid
         self.text, self._longest = inside.text_behind()
+        self.room = max(1, self._longest)
         self.per_token, self.per_text, self.per_image = inside.per_token, inside.per_text, inside.per_image
         self._rows: dict[str, AttentionRows] = {}
 

@@ -29,15 +29,15 @@ class DART(Method):
        done (L1 norm over all heads, after RoPE).
     2. One pivot after the other takes, of the visual tokens that are left, those with the lowest cosine to it, as many
        as every other pivot: the budget without the image's pivots, over 8; what remains goes to the first.
-    3. The image's pivots and all that was taken stay, in their old order.
+    3. The image's pivots and all that was taken stay.
 
-    Published: ``layer=2``; LLaVA-1.5 with 64, 128 and 192 tokens. Paper and code (read from a port of it) agree on
-    keys as what makes a pivot. The code keeps 4 + 8 * int(N * keep / 8) tokens, here the budget is met exactly; it
-    takes pivots in the order in which a Python set of their columns is read, here the largest key goes first, the
-    image's before the text's. ``released=True`` does both as the code, with columns as a sample has them without
-    padding; that waits for the device. The port puts the language model's last norm over the hidden
-    states that it compares; here they are compared as they are, which leaves out that norm's weights. Less than 4
-    text tokens are as many pivots; where the image ends the prompt, its own pivots take everything.
+    Published: ``layer=2``; LLaVA-1.5 with 64, 128 and 192 tokens. The code (read from a port of it) keeps
+    4 + 8 * int(N * keep / 8) tokens, here the budget is met exactly; it takes pivots in the order in which a Python
+    set of their columns is read, here the largest key goes first, the image's before the text's. ``released=True``
+    does both as the code, with columns as a sample has them without padding; that waits for the device. The port puts
+    the language model's last norm over the states that it compares; here its weights are left out. L1 norms of rotated
+    keys depend on positions: a padded batch needs ``position_ids``, as ``generate`` makes them. With less than 4 text
+    tokens there are fewer pivots; where the image ends the prompt, its own take everything.
 
     Headline: LLaVA-1.5-7B with 64 of 576 tokens keeps 93.7 % of its accuracy. To repeat it:
 
@@ -69,9 +69,8 @@ class DART(Method):
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """With keys of the layer before it, and the text's states there."""
         k = self.layer
-        needs = (LayerKeys(k - 1), LayerKeys(k - 1, of="text"), LayerText(k))
         columns = (Columns(k), Columns(k, of="text")) if self.released else ()
-        return (Stage(Layer(k), needs=(*needs, *columns)),)
+        return (Stage(Layer(k), needs=(LayerKeys(k - 1), LayerKeys(k - 1, of="text"), LayerText(k), *columns)),)
 
     def quota(self, n: int, stage: Stage) -> int:
         """Exact, or as released, which is some tokens more or fewer."""
@@ -93,14 +92,12 @@ class DART(Method):
             columns = (tokens.signals["columns"].gather(1, own), tokens.signals["text_columns"].gather(1, others))
             order = _as_a_set_reads(torch.cat(columns, 1), there)
             pivots, there = _rows(pivots, order), there.gather(1, order)
-        rest = column([k - first for k, first in zip(budget, firsts, strict=True)], x.device)
-        many = there.sum(1, keepdim=True).clamp_min(1)
-        takes = (rest // many + (there.cumsum(1) <= rest % many)) * there  # [G, 8]
-        like = cosines(x, pivots)
+        rest, many = column([max(0, k - PIVOTS) for k in budget], x.device), there.sum(1, keepdim=True).clamp_min(1)
+        takes = (rest // many + (there.cumsum(1) <= rest % many)) * there
         free = mask & ~first_of(own, firsts, mask.shape[1])
-        for p in range(pivots.shape[1]):
-            unlike = like[..., p].masked_fill(~free, torch.inf).argsort(dim=1, stable=True)
-            free = free & (unlike.argsort(1) >= takes[:, p, None])
+        for like, n in zip(cosines(x, pivots).unbind(-1), takes.split(1, 1), strict=True):
+            rank = like.masked_fill(~free, torch.inf).argsort(dim=1, stable=True).argsort(1)
+            free = free & (rank >= n)
         return Reduction.of_mask(mask & ~free, budget)
 
 

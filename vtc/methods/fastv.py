@@ -30,7 +30,6 @@ class FastV(Scorer):
 
     Published: ``layer=2``, ``keep=0.5`` (288 of 576 tokens), and 0.25.
     Headline: LLaVA-1.5-7B at 52.6 % of the FLOPs (2.01 TFLOPs) is near lossless. To repeat it:
-
     python -m lmms_eval eval --model vtc --batch_size 1 --tasks gqa,textvqa_val,pope,mme,mmbench_en_dev
     --model_args base=llava_hf,pretrained=llava-hf/llava-1.5-7b-hf,method=fastv,keep=0.5
 

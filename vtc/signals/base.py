@@ -166,6 +166,8 @@ class LayerView(Protocol):
     """bool [B, M]: columns that are no padding."""
     text: Tensor
     """bool [B, M]: real text behind the last image of each sample that has one."""
+    room: int
+    """T of what is made of text: the same at every layer of a prompt."""
     bidirectional: bool
     """Whether visual rows may look ahead (prefix-LM families)."""
 

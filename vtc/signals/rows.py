@@ -56,5 +56,5 @@ class TextRows(DecoderSignal):
 
     def read(self, view: LayerView) -> Tensor:
         """Memory is O(T x M): rows, never a map."""
-        columns = view.rows("text").each().mT  # [B, M, T]
-        return view.per_token(columns).mT
+        rows = view.per_token(view.rows("text").each().mT).mT
+        return torch.nn.functional.pad(rows, (0, 0, view.room - rows.shape[1], 0))
