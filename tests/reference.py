@@ -9,7 +9,7 @@ features of Qwen3-VL and the per-layer inputs of Gemma4.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +64,7 @@ def continue_by_hand(
     new_tokens: int = 6,
     suppress: Sequence[int] = (),
     values: Sequence[Tensor] | None = None,
+    bias: Callable[[Tensor, Tensor, str], Tensor] | None = None,
 ) -> Continuation:
     """Prune one prompt and continue it greedily.
 
@@ -76,6 +77,8 @@ def continue_by_hand(
         new_tokens: how many tokens to decode.
         suppress: ids that are never chosen.
         values: for each image, embeddings [k, D] of the tokens that stay; None: what they were.
+        bias: what is added to the logits of attention (which must be eager): from positions [M] or [3, M], columns [M]
+            and a layer type to [M, M].
     """
     call = decoder_call(model, sample)
     if values is not None:
@@ -87,13 +90,13 @@ def continue_by_hand(
     stream = _select(stream, columns)
     if positions == "compact":
         stream = _compact(stream)
-    prompt = hidden = _logits(model, call, stream)
+    prompt = hidden = _logits(model, call, stream, bias)
     tokens, logits = [], []
     for _ in range(new_tokens):
         logits.append(hidden[-1])
         tokens.append(hidden[-1].index_fill(0, torch.tensor(list(suppress), dtype=torch.long), -torch.inf).argmax())
         stream = _append(model, stream, tokens[-1])
-        hidden = _logits(model, call, stream)
+        hidden = _logits(model, call, stream, bias)
     return Continuation(torch.stack(tokens), torch.stack(logits), columns, prompt)
 
 
@@ -230,19 +233,19 @@ def _grown(model: Any, kind: str, mask: Tensor | None, columns: Tensor) -> Tenso
     return grown
 
 
-def _logits(model: Any, call: dict[str, Any], stream: _Stream) -> Tensor:
+def _logits(model: Any, call: dict[str, Any], stream: _Stream, bias: Any = None) -> Tensor:
     """Run the decoder and the head over the whole stream."""
-    logits = model.get_output_embeddings()(_hidden(model, call, stream))[0]
+    logits = model.get_output_embeddings()(_hidden(model, call, stream, bias))[0]
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _hidden(model: Any, call: dict[str, Any], stream: _Stream) -> Tensor:
+def _hidden(model: Any, call: dict[str, Any], stream: _Stream, bias: Any = None) -> Tensor:
     """Run the decoder over the whole stream: [1, M, D]."""
     inputs = {key: value for key, value in call.items() if key in _INDIFFERENT}
     inputs |= {"inputs_embeds": stream.embeds, "position_ids": stream.positions}
     inputs |= {CACHE: None, "use_cache": False, "logits_to_keep": 0}
-    inputs["attention_mask"] = _mask_argument(model, stream)
+    inputs["attention_mask"] = _mask_argument(model, stream) if bias is None else _with_bias(model, stream, bias)
     if stream.visual is not None:
         inputs |= {"visual_pos_masks": stream.visual, "deepstack_visual_embeds": list(stream.deepstack)}
     if stream.per_layer is not None:
@@ -255,6 +258,18 @@ def _mask_argument(model: Any, stream: _Stream) -> Any:
         # Explicit ones: without a mask, positions with gaps are taken for several packed sequences.
         return torch.ones(1, stream.columns.numel(), dtype=torch.long)
     ready = {kind: None if mask is None else _prepared(model, mask) for kind, mask in stream.masks.items()}
+    return ready.get("", ready)
+
+
+def _with_bias(model: Any, stream: _Stream, bias: Callable[[Tensor, Tensor, str], Tensor]) -> Any:
+    """Masks of floats; a decoder that makes its own takes one of four dimensions as it is, for all layers."""
+    length = stream.columns.numel()
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    masks = stream.masks or {"": causal}
+    ready = {}
+    for kind, mask in masks.items():
+        blocked = torch.zeros(length, length).masked_fill(~(causal if mask is None else mask), -1e30)
+        ready[kind] = (blocked + bias(stream.positions[..., 0, :], stream.columns, kind))[None, None]
     return ready.get("", ready)
 
 

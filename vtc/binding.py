@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.dialect.generation import wrapped_methods
 from vtc.dialect.releases import warn_if_untested
+from vtc.engine.calibration import Calibrator
 from vtc.engine.choosing import Chooser, needs_of
-from vtc.engine.probe import unfit_for, unfit_tower
+from vtc.engine.probe import unfit_for, unfit_for_bias, unfit_tower
 from vtc.handle import patch_of
 from vtc.methods import Method, make_method
 from vtc.methods.registry import blind_methods
 from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts, UnsupportedModelError
 from vtc.places import Projector, Tower
+from vtc.signals import DecoderSignal
 from vtc.values import shown
 
 
 def parse_request(
-    method: str | Method | CompressionConfig, keep: Keep | None, positions: str | None, options: dict[str, Any]
+    method: str | Method | CompressionConfig,
+    keep: Keep | None,
+    positions: str | None,
+    options: dict[str, Any],
+    calibration: str | None = None,
 ) -> tuple[CompressionConfig, Method]:
     """What the arguments of :func:`vtc.patch` ask for."""
     if isinstance(method, str):
@@ -34,12 +41,14 @@ def parse_request(
         )
     elif isinstance(method, CompressionConfig):
         chosen, positions = method.build(), positions or method.positions
+        calibration = calibration or method.calibration
     else:
         chosen = method
-    return CompressionConfig.of(chosen, "original" if positions is None else positions), chosen  # type: ignore[arg-type]
+    where: Any = "original" if positions is None else positions
+    return CompressionConfig.of(chosen, where, calibration), chosen  # type: ignore[arg-type]
 
 
-def bind(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Method:
+def bind(adapter: Adapter, parts: Parts, method: Method, positions: str, calibration: str | None = None) -> Method:
     """The method, settled for this model; all that can be refused is refused here, before anything is touched."""
     name = type(parts.root).__name__
     if (handle := patch_of(parts.root) or patch_of(parts.base)) is not None:
@@ -75,9 +84,50 @@ def bind(adapter: Adapter, parts: Parts, method: Method, positions: str) -> Meth
             f"{method.name!r} drops tokens between the layers of the language model, and {reason}. Methods that drop "
             "them before it work, e.g. 'divprune'"
         )
-    wrapped_methods(parts.root, parts.decoder, bool(inside))
+    if calibration is not None:
+        _check_calibration(parts, chooser, calibration, positions)
+    wrapped_methods(parts.root, parts.decoder, bool(inside), calibration is not None)
     warn_if_untested()
     return method
+
+
+def _check_calibration(parts: Parts, chooser: Chooser, calibration: str, positions: str) -> None:
+    """Refuse a bias on attention where it would change nothing, or could not be added.
+
+    Raises:
+        ValueError: the message says what would work.
+    """
+    name, what, first = (
+        type(parts.root).__name__,
+        f"calibration={calibration!r}",
+        Calibrator(parts, chooser, calibration).first,
+    )
+    if calibration == "size" and not chooser.method.merges:
+        raise ValueError(
+            f"{what} weighs places by how many tokens they stand for, and with {chooser.method.name!r} all stand for "
+            "one: it would change nothing. What would work: a method that merges, e.g. 'visionzip'; or "
+            "calibration='size+distance'"
+        )
+    if not parts.adds_masks:
+        raise UnsupportedModelError(
+            f"{what} adds a bias to the logits of attention, which {parts.attention!r} does not take; load this {name} "
+            "with attn_implementation='sdpa' or 'eager'"
+        )
+    rows = [s for step in chooser.inside for s in step.stage.needs if isinstance(s, DecoderSignal) and s.needs_rows]
+    if (layer := next((s.layer for s in rows if s.layer >= first), None)) is not None:
+        raise ValueError(
+            f"{what} changes what layer {layer} attends to, since tokens leave before it, and {chooser.method.name!r} "
+            "recomputes attention there without the bias. What would work: a method that reads attention only before "
+            "tokens leave, e.g. 'fastv'; or no calibration"
+        )
+    if (reason := unfit_for_bias(parts, range(first, len(parts.layers)), calibration != "size")) is not None:
+        raise UnsupportedModelError(f"{what} adds a bias to the logits of attention, and in this {name} {reason}")
+    if positions == "compact":
+        warnings.warn(
+            f"{what} with positions='compact': RESTORE, which published calibration, measured that it costs accuracy "
+            "where positions are renumbered, and gains only where tokens keep theirs (positions='original')",
+            stacklevel=4,
+        )
 
 
 def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:

@@ -67,6 +67,7 @@ def compress_inputs(
     _takes_features(parts)
     inputs = dict(inputs)
     config, chosen = parse_request(method, keep, positions, options)
+    _without_calibration(config)
     chosen = bind(adapter, parts, chosen, config.positions)
     chooser = _before_the_model(adapter, parts, chosen)
     call = parts.spellings.base.bind((), inputs)
@@ -119,9 +120,11 @@ def generate(
     adapter, parts = resolve(model)
     if handle is None:
         config, chosen = parse_request(method, keep, positions, {})  # type: ignore[arg-type]
+        _without_calibration(config)
         place = config.positions
         chosen = bind(adapter, parts, chosen, place)
     else:
+        _without_calibration(handle.config)
         chosen, place = handle.method, handle.config.positions
     _takes_features(parts)
     chooser = _before_the_model(adapter, parts, chosen)
@@ -167,6 +170,14 @@ def _takes_features(parts: Parts) -> None:
         raise NotImplementedError(
             f"transformers {transformers.__version__} cannot take encoded images for {type(parts.root).__name__} "
             "(no mm_encoder_outputs; 5.23 has it); use vtc.patch(model, ...) and model.generate()"
+        )
+
+
+def _without_calibration(config: CompressionConfig) -> None:
+    if config.calibration is not None:
+        raise NotImplementedError(
+            f"calibration={config.calibration!r} adds a bias in every layer and step, which a shortened prompt cannot "
+            "carry; use vtc.patch(model, ...) and model.generate(), or leave the calibration out"
         )
 
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from vtc.files import write_text
 from vtc.methods.base import Method
@@ -23,6 +23,7 @@ from vtc.methods.registry import list_methods, method_class
 from vtc.values import shown
 
 Positions = Literal["original", "compact"]
+Calibration = Literal["size", "size+distance", "size+visual-distance"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class CompressionConfig:
             value may itself be a :class:`~vtc.methods.Method`.
         positions: ``original`` or ``compact``.
         version: of the format. This vtc writes version 1 and reads no newer one.
+        calibration: what is added to the logits of attention, see :func:`vtc.patch`; ``None``: nothing. Only written
+            down where it is something; releases that do not know it then refuse the file.
 
     Raises:
         ValueError: anything unknown or out of range; the message carries the offending value.
@@ -45,6 +48,7 @@ class CompressionConfig:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     positions: Positions = "original"
     version: int = 1
+    calibration: Calibration | None = None
 
     VERSION: ClassVar[int] = 1
     FILE_NAME: ClassVar[str] = "vtc_config.json"
@@ -58,6 +62,9 @@ class CompressionConfig:
             )
         if self.positions not in ("original", "compact"):
             raise ValueError(f"positions={shown(self.positions)} is neither 'original' nor 'compact'")
+        if self.calibration is not None and self.calibration not in get_args(Calibration):
+            known = ", ".join(map(repr, get_args(Calibration)))
+            raise ValueError(f"calibration={shown(self.calibration)} is neither None nor one of {known}")
         if not isinstance(self.method, str):
             raise ValueError(
                 f"method={shown(self.method)} is not the name of a method; see CompressionConfig.of(method)"
@@ -68,14 +75,20 @@ class CompressionConfig:
         self.build()  # refuses what is wrong while the caller is still near
 
     @classmethod
-    def of(cls, method: Method, positions: Positions = "original") -> CompressionConfig:
+    def of(
+        cls, method: Method, positions: Positions = "original", calibration: Calibration | None = None
+    ) -> CompressionConfig:
         """The config of a method as it is, with every option written down, defaults too.
 
         Raises:
             ValueError: the method's class is not registered, so that it could not be built again from its name.
         """
         _check_registered(method)
-        return cls(method.name, _options_of(method), positions)
+        return cls(method.name, _options_of(method), positions, calibration=calibration)
+
+    def with_method(self, method: Method) -> CompressionConfig:
+        """The same for another method, or for other options; as :meth:`of`."""
+        return self.of(method, self.positions, self.calibration)
 
     def build(self) -> Method:
         """The method described."""
@@ -88,6 +101,7 @@ class CompressionConfig:
             "method": self.method,
             "options": {name: _encode(value, name) for name, value in self.options.items()},
             "positions": self.positions,
+            **({} if self.calibration is None else {"calibration": self.calibration}),
         }
 
     @classmethod

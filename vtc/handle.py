@@ -166,7 +166,10 @@ class Patch:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "undone"
-        return f"<vtc.Patch {self.method} positions={self.config.positions!r} on {type(self.model).__name__}, {state}>"
+        how = f"positions={self.config.positions!r}"
+        if self.config.calibration is not None:
+            how += f" calibration={self.config.calibration!r}"
+        return f"<vtc.Patch {self.method} {how} on {type(self.model).__name__}, {state}>"
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("a patched model cannot be copied: its hooks belong to the original. vtc.unpatch it first")

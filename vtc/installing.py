@@ -53,13 +53,16 @@ def install(handle: Patch) -> None:
         _hook(undo, layer, hook, before=True, first=True)
     for module, hook, before in stage.layers.hooks():
         _hook(undo, module, hook, before=before, each_step=True)
+    calibrator = stage.calibrator
+    for layer, hook in () if calibrator is None else calibrator.hooks():
+        _hook(undo, layer, hook, before=True, each_step=True)
     for recorder in recorders(adapter, parts, stage.chooser.recorded):
         _hook(undo, recorder.module, recorder, before=recorder.signal.reads == "input", each_step=True)
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:
             wrapped = listening(adapter, parts, modality, encode, stage.memory)
             _set(undo, parts.base, encoder_name(modality), _while_active(handle, encode, wrapped))
-    for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.steps)):
+    for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.steps), calibrator is not None):
         found = method.find(owner)
         name = LOSS_SLOT if method is LOSS else method.name
         _set(undo, owner, name, _while_active(handle, found, _wrapper(handle, method)(found)))

@@ -22,6 +22,7 @@ def patch(
     *,
     keep: Keep | None = None,
     positions: str | None = None,
+    calibration: str | None = None,
     **options: Any,
 ) -> Patch:
     """Make a vision-language model drop visual tokens. ``model.generate()`` and ``model()`` are called as before.
@@ -34,6 +35,11 @@ def patch(
         keep: with a name only: float in (0, 1], the fraction kept, or int >= 1, the tokens kept per image.
         positions: ``"original"`` (default): kept tokens keep their position ids; ``"compact"``: they are renumbered
             without gaps, as the code of some papers does (not for models with 3-D positions).
+        calibration: what is added to the logits of attention once tokens left, in every layer behind them and in every
+            step, with attn_implementation ``"sdpa"`` or ``"eager"``. ``None`` (default): nothing. ``"size"``: log(s) on
+            places that stand for s tokens, for methods that merge. ``"size+distance"``: also log(2 - D), D the mean
+            cosine by which the rotary embedding turns a key against the query, which lifts far keys (RESTORE).
+            ``"size+visual-distance"``: that only on keys of images. Published with original positions.
         options: with a name only: further options of the method, e.g. ``variant="k_center"``.
 
     Returns:
@@ -44,10 +50,10 @@ def patch(
         UnsupportedModelError: the model cannot be pruned. It is a ValueError; nothing was touched.
         TypeError: options that the method does not have, or given beside an object that carries its own.
     """
-    config, chosen = parse_request(method, keep, positions, options)
+    config, chosen = parse_request(method, keep, positions, options, calibration)
     adapter, parts = resolve(model)
-    chosen = bind(adapter, parts, chosen, config.positions)
-    handle = Patch(parts.root, config, EntryStage(adapter, parts, chosen, config.positions))
+    chosen = bind(adapter, parts, chosen, config.positions, config.calibration)
+    handle = Patch(parts.root, config, EntryStage(adapter, parts, chosen, config.positions, config.calibration))
     try:
         install(handle)
     except BaseException:

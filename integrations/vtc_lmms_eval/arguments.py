@@ -2,7 +2,8 @@
 
 ``base=ID``
     a model id of lmms-eval. Required.
-``method=NAME``, ``keep=0.25`` (a fraction) or ``keep=64`` (tokens per image), ``positions=original``
+``method=NAME``, ``keep=0.25`` (a fraction) or ``keep=64`` (tokens per image), ``positions=original``,
+``calibration=size+distance``
     as in :func:`vtc.patch`. ``method=none`` measures the model unpruned.
 ``method.OPTION=VALUE``
     an option of the method, such as ``method.stage2=true``. Values are read as JSON where they are JSON:
@@ -29,7 +30,7 @@ from vtc.values import shown
 
 UNPRUNED = "none"
 OPTION = "method."
-OURS = ("base", "method", "keep", "positions", "vtc_config")
+OURS = ("base", "method", "keep", "positions", "calibration", "vtc_config")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def _config(given: Mapping[str, Any]) -> CompressionConfig | None:
         options["keep"] = given["keep"]
     # through the config format, which turns {"method": ...} into a method and lists into tuples
     plain = {"version": 1, "method": str(method), "options": options}
-    config = CompressionConfig.from_dict(plain | {"positions": given.get("positions", "original")})
-    return CompressionConfig.of(config.build(), config.positions)
+    plain |= {"positions": given.get("positions", "original"), "calibration": given.get("calibration")}
+    config = CompressionConfig.from_dict(plain)
+    return config.with_method(config.build())
 
 
 def _value(value: Any) -> Any:

@@ -65,7 +65,7 @@ def read(entry: Any) -> CompressionConfig:
             raise ValueError(f"vtc={shown(dict(entry))} gives keep twice; leave one out")
         data["options"] = {**options, "keep": keep}
     config = CompressionConfig.from_dict(data)
-    return CompressionConfig.of(config.build(), config.positions)
+    return config.with_method(config.build())
 
 
 def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> CompressionConfig:
@@ -79,6 +79,11 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
     Raises:
         ValueError: the method cannot work here; the message says why and what would.
     """
+    if config.calibration is not None:
+        raise ValueError(
+            f"calibration={config.calibration!r} adds a bias to the logits of attention, and vLLM's attention takes "
+            "none. What would work: no calibration; or transformers with vtc.patch"
+        )
     method = bind(adapter, parts, config.build(), config.positions)
     steps = steps_of(method, adapter.facts(parts))
     if any(isinstance(step.stage.at, Layer) for step in steps):

@@ -101,7 +101,7 @@ def verify(
         keep = 0.5
     config, chosen = parse_request(method, keep, positions, options)
     adapter, parts = resolve(model)
-    chosen = bind(adapter, parts, chosen, config.positions)
+    chosen = bind(adapter, parts, chosen, config.positions, config.calibration)
     if not generates(parts.root):
         raise ValueError(
             f"verify compares what is generated, and {type(parts.root).__name__} does not generate; verify a model "
@@ -112,6 +112,12 @@ def verify(
             f"{chosen.name!r} drops tokens between the layers of the language model, and what verify compares with is "
             "one shorter prompt for all of them. Methods that drop before the language model are verified, such as "
             "'divprune'; they go through the same hooks, masks and caches, so verify one of those on your model"
+        )
+    if config.calibration is not None:
+        raise ValueError(
+            f"calibration={config.calibration!r} changes what the layers attend to, and what verify compares with is "
+            "the model's own attention over a shorter prompt. Verify the same method without it; hooks, masks and "
+            "caches are those it runs with"
         )
     if chosen.merges:
         raise ValueError(

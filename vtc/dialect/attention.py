@@ -201,6 +201,16 @@ def softcap(attention: nn.Module) -> float | None:
     return getattr(attention, "attn_logit_softcapping", None)
 
 
+def is_causal(layer: nn.Module) -> bool:
+    """Whether a layer's attention, given no mask, sees nothing that comes later."""
+    return bool(getattr(self_attention(layer), "is_causal", True))
+
+
+def head_width(layer: nn.Module) -> int | None:
+    """How many features a head of a layer's attention has, where it tells."""
+    return getattr(self_attention(layer), "head_dim", None)
+
+
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What enters a layer, an attention or a feed-forward network: first by position, or by name."""
     return args[0] if args else HIDDEN.read(kwargs)

@@ -69,13 +69,16 @@ LOSS_SLOT = "_loss_function"
 """Where an instance keeps a loss function of its own, behind the property."""
 
 
-def wrapped_methods(root: nn.Module, decoder: nn.Module, inside: bool) -> list[tuple[nn.Module, WrappedMethod]]:
+def wrapped_methods(
+    root: nn.Module, decoder: nn.Module, inside: bool, calibrated: bool = False
+) -> list[tuple[nn.Module, WrappedMethod]]:
     """The methods to wrap on one model, each with its owner.
 
     Args:
         root: what the user calls.
         decoder: the language model.
         inside: tokens leave between its layers too.
+        calibrated: its attention is given a bias, in every step.
 
     Raises:
         UnsupportedModelError: one is not where it is expected.
@@ -83,7 +86,7 @@ def wrapped_methods(root: nn.Module, decoder: nn.Module, inside: bool) -> list[t
     found: list[tuple[nn.Module, WrappedMethod]] = [(root, LOSS)]
     if generates(root):
         found += [(root, method) for method in (PREPARE, PREFILL, COMPILED, *PAGED)]
-        if inside:
+        if inside or calibrated:
             found.append((root, MAY_COMPILE))
     if inside and Spelling(decoder.forward, "").name(DEEPSTACK) is not None:
         found.append((decoder, PROCESS_DEEPSTACK))

@@ -186,6 +186,11 @@ def attention_of(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None))
 
 
+def adds_masks(implementation: str) -> bool:
+    """Whether an attention implementation adds a mask of floats to its logits."""
+    return implementation in ("sdpa", "eager")
+
+
 def set_attention(config: Any, implementation: str) -> None:
     """Switch it, without asking whether its package is there."""
     config._attn_implementation = implementation

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vtc.engine.compaction import Columns, Compaction
 from vtc.engine.inside import LayerState
+from vtc.engine.keys import Keys
 from vtc.engine.locate import Encoded
 from vtc.signals import TowerSignal
 
@@ -45,6 +46,8 @@ class Call:
         featureless: the class of what an encoder returned, where no features of single images were found in it.
         asked: what the root was called with, by name, where its head counts columns of the prompt.
         shifted: position ids that are compact already, since ``generate`` prepared this call.
+        entering: the columns that the entry stage left, where attention is calibrated.
+        biased: masks with a bias made in this call, beside those they were made of, by (stages passed, layer type).
     """
 
     owner: Any
@@ -65,6 +68,8 @@ class Call:
     featureless: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     shifted: Tensor | None = None
+    entering: Keys | None = None
+    biased: dict[tuple[int, str | None], tuple[Any, Tensor]] = field(default_factory=dict)
 
     @property
     def left(self) -> Columns | None:

@@ -28,6 +28,7 @@ from vtc.dialect.caches import cache_in, logical_length, mask_sizes, new_cache, 
 from vtc.dialect.masks import attention_kinds, causal_mask
 from vtc.dialect.releases import running_release
 from vtc.engine import masks
+from vtc.engine.calibration import Calibrator
 from vtc.engine.choosing import Chooser, compaction, plan
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Call, change, is_running, running_call
@@ -44,12 +45,15 @@ from vtc.tokens import column
 class EntryStage:
     """Hooks of the entry stage on one model. Holds no state of any generation, only the last result to look at."""
 
-    def __init__(self, adapter: Adapter, parts: Parts, method: Method, positions: str) -> None:
+    def __init__(
+        self, adapter: Adapter, parts: Parts, method: Method, positions: str, calibration: str | None = None
+    ) -> None:
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
         self.last: Prefill | None = None
         self._said: set[str] = set()
         self.chooser = Chooser(adapter, parts, method)
         self.layers = LayerStages(parts, self.chooser.inside)
+        self.calibrator = None if calibration is None else Calibrator(parts, self.chooser, calibration)
         self.memory = Memory()
         """What the encoders gave lately: found again when a copy of their output comes back without its attribute."""
         self.hides_gaps = parts.flash
@@ -87,6 +91,8 @@ class EntryStage:
         if decision.drops or self.layers.steps:
             running.compaction = compaction(decision, running, embeds.shape[:2])
             self._compact(call, running, decision, running.compaction)
+        if self.calibrator is not None:
+            running.entering = self.calibrator.entering(decision, embeds.shape, running.compaction)
         history = [] if running.inside is None else running.inside.history
         self.last = Prefill(decision, running.compaction, lengths, history)
         running.placeholders = {}  # used up: whoever calls the decoder alone next has a prompt of their own

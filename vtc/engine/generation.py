@@ -72,7 +72,9 @@ def prefilling(
 
 
 def never_compiled(*args: Any, **kwargs: Any) -> bool:
-    """Stands in for what decides on compiling decode steps: no graph expects layers that store different lengths."""
+    """Stands in for what decides on compiling decode steps: no graph expects layers that store different lengths, or
+    that get masks of their own.
+    """
     return False
 
 

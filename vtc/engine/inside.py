@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.engine.compaction import Compaction, StageResult
+from vtc.engine.keys import Keys
 from vtc.engine.locate import by_row, ordinals
 from vtc.engine.plan import Plan, columns_of, written_into
 from vtc.engine.rows import at_the_end, at_the_end_of
@@ -134,6 +135,11 @@ class LayerState:
             last[row] = end if last[row] == self.width else max(int(last[row]), end)
         behind = self.valid & (self.index > last.to(self.index.device)[:, None])
         return behind, int((self.width - 1 - last).clamp(min=0).max())
+
+    def keys(self) -> Keys:
+        """What calibrated attention has to know of the present columns."""
+        size = torch.ones_like(self.where, dtype=torch.float32) if self.size is None else self.size
+        return Keys.of(columns_of(size, self.where, len(self.index), self.index.shape[1], 1.0), self.visual)
 
     def per_token(self, columns: Tensor) -> Tensor:
         """Of columns [B, M, ...], those of the images' tokens [G, N, ...], 0 where gone."""

@@ -9,7 +9,7 @@ reports the *logical* length to whoever asks (``generate``, default positions) a
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vtc.dialect.caches import give_ledger, ledger_of
 from vtc.engine.context import running_call
+from vtc.engine.keys import Keys
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -32,6 +33,7 @@ class SlotMap:
         logical: logical columns covered so far; later tokens are stored one to one.
         dropped: LongTensor [B], tokens dropped from each row so far, padding not counted.
         holes: whether any ``valid`` is False (known on the host, so that nobody waits for the device).
+        keys: what calibrated attention knows of the keys, by layer type; it may know less or more than is stored.
     """
 
     columns: Tensor
@@ -39,6 +41,7 @@ class SlotMap:
     logical: int
     dropped: Tensor
     holes: bool
+    keys: dict[str | None, Keys] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> SlotMap:
@@ -96,6 +99,7 @@ class SlotMap:
         for name in ("columns", "valid", "dropped"):
             value: Tensor = getattr(self, name)
             setattr(self, name, value.index_select(0, index.to(value.device)))
+        self.keys = {kind: keys.rows(index) for kind, keys in self.keys.items()}
 
 
 class SlotMaps(dict[int, SlotMap]):
@@ -169,7 +173,8 @@ def adopt(cache: Cache, batch: int, device: torch.device, owner: Any, layer: int
         maps.owner = owner
         give_ledger(cache, maps)
     if layer not in maps:  # up to now this layer stored what the one before it did
-        maps[layer] = dataclasses.replace(maps.at(layer))
+        before = maps.at(layer)
+        maps[layer] = dataclasses.replace(before, keys=dict(before.keys))
     return maps[layer]
 
 

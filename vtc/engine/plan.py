@@ -11,12 +11,12 @@ from vtc.engine.compaction import Compaction, StageResult
 from vtc.engine.locate import Located
 
 
-def columns_of(tokens: Tensor, place: Tensor, batch: int, length: int) -> Tensor:
-    """Bool [batch, length] at the columns of bool [G, N] tokens; LongTensor ``place`` [G, N] says where each sits.
+def columns_of(tokens: Tensor, place: Tensor, batch: int, length: int, other: float = 0) -> Tensor:
+    """Values [G, N] of tokens at their columns [batch, length]; LongTensor ``place`` [G, N] says where each sits.
 
-    Places count in the flattened sequence; its end stands for none.
+    Places count in the flattened sequence; its end stands for none. Columns of no token have ``other``.
     """
-    columns = torch.zeros(batch * length + 1, dtype=torch.bool, device=tokens.device)
+    columns = tokens.new_full((batch * length + 1,), other)
     return columns.scatter(0, place.flatten(), tokens.flatten())[:-1].view(batch, length)
 
 

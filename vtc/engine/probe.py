@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtc.dialect import attention as inner
 from vtc.dialect import standins
-from vtc.dialect.arguments import HIDDEN, POSITIONS, ROTARY
+from vtc.dialect.arguments import HIDDEN, MASK, POSITIONS, ROTARY, Arguments
 from vtc.dialect.masks import attention_kinds, last_layer_before_reuse, shared_layers, window_of
 from vtc.dialect.releases import running_release
 from vtc.dialect.standins import Trial
@@ -86,6 +86,52 @@ def recipes(parts: Parts, layers: Collection[int]) -> dict[int, inner.Recipe]:
                 f"{type(parts.decoder).__name__} ({_first_line(error)}). {running_release()}"
             ) from error
         return {layer: _recipe(parts, layer, *calls[layer]) for layer in sorted(layers)}
+
+
+def unfit_for_bias(parts: Parts, layers: Collection[int], by_distance: bool) -> str | None:
+    """Why the attention of these layers cannot be given a bias by its mask, ``None`` if it can: it is tried out.
+
+    Args:
+        parts: of the model.
+        layers: which.
+        by_distance: the bias is made of the rotary embedding, which then has to turn whole heads.
+    """
+    if not layers:  # nothing leaves
+        return None
+    if (odd := next((i for i in layers if inner.self_attention(parts.layers[i]) is None), None)) is not None:
+        return f"layer {odd} has no attention whose logits could take it"
+    try:
+        with _quietly():
+            calls = standins.calls_of_layers(parts.decoder, parts.spellings.decoder, parts.layers, max(layers))
+            for index in layers:
+                call = parts.spellings.layers[index].bind(*calls[index])
+                if _apart(*_biased(parts.layers[index], call)) > TOLERANCE:
+                    return f"layer {index} does not add its mask to them"
+                if by_distance:
+                    width, head = call[ROTARY][0].shape[-1], inner.head_width(parts.layers[index])
+                    rotated = _recipe(parts, index, *calls[index]).rotated
+                    if rotated != "all" or width != head:
+                        turned = 0 if rotated == "none" else width
+                        return (
+                            f"layer {index} rotates {turned} of {head} features of a head, for which its distance "
+                            "term is not defined; calibration='size' works"
+                        )
+    except UnsupportedModelError as error:
+        return str(error)
+    except Exception as error:
+        return f"that could not be tried out on a stand-in ({_first_line(error)}). {running_release()}"
+    return None
+
+
+def _biased(layer: torch.nn.Module, call: Arguments) -> tuple[Tensor, Tensor]:
+    """Attention of a trial with a bias, as it should be and as it is."""
+    bias = torch.linspace(-4, 4, standins.TOKENS)
+    plain = _told(Trial.of(layer, call).weights)
+    with_bias = call.copy()
+    with_bias[MASK] = call[MASK] + bias
+    grown = plain * bias.exp()  # what a sink takes stays as it was
+    total = grown.sum(-1, keepdim=True) + (1 - plain.sum(-1, keepdim=True)).clamp(min=0)
+    return grown / total, _told(Trial.of(layer, with_bias).weights)
 
 
 def unfit_tower(adapter: Adapter, parts: Parts, signals: Collection[TowerSignal]) -> str | None:

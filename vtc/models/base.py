@@ -75,6 +75,11 @@ class Parts:
         return "flash" in self.attention
 
     @property
+    def adds_masks(self) -> bool:
+        """The language model's attention adds a mask of floats to its logits."""
+        return modules.adds_masks(self.attention)
+
+    @property
     def builds_masks_early(self) -> bool:
         """The base model, not the decoder, turns the padding mask into attention masks (prefix-LM families)."""
         return modules.builds_masks_early(self.base)

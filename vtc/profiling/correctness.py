@@ -82,4 +82,4 @@ def keeping_all(config: CompressionConfig) -> CompressionConfig | None:
         isinstance(value, Method) and name != "selector" for name, value in config.options.items()
     ):
         return None
-    return CompressionConfig.of(replace(method, keep=1.0), config.positions)
+    return config.with_method(replace(method, keep=1.0))

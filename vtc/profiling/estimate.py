@@ -106,7 +106,7 @@ def estimate(
     root = _skeleton(model)
     adapter, parts = resolve(root)
     tower_of(parts, picture.modality)
-    chosen = bind(adapter, parts, chosen, config.positions)
+    chosen = bind(adapter, parts, chosen, config.positions, config.calibration)
     if settings is None:
         settings = settings_beside(model, picture.modality) if isinstance(model, (str, os.PathLike)) else {}
     feed = feed_of(parts, picture, settings)

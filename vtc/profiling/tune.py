@@ -105,7 +105,7 @@ def tune(
 
 def with_keep(config: CompressionConfig, keep: float) -> CompressionConfig:
     """The same with another ``keep``."""
-    return CompressionConfig.of(replace(config.build(), keep=keep), config.positions)
+    return config.with_method(replace(config.build(), keep=keep))
 
 
 def _try(
