@@ -18,6 +18,7 @@ import vtc
 from vtc.methods.base import ModelFacts
 from vtc.methods.fastv import FastV
 from vtc.methods.pyramiddrop import PyramidDrop
+from vtc.methods.sparsevlm import SparseVLM
 from vtc.methods.stages import steps_of
 from vtc.places import Layer
 from vtc.signals import Rows
@@ -114,8 +115,12 @@ def test_end_to_end(family: str) -> None:
     check(model, batch, PyramidDrop(layers=(1, 2), ratios=(0.6, 0.3)), expected)
 
 
+ONE = {"layers": (1,), "ratios": (0.4,)}
+ENDS = [PyramidDrop(**ONE), SparseVLM(**ONE), FastV(keep=0.4, layer=1)]
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("method", [PyramidDrop(layers=(1,), ratios=(0.4,)), FastV(keep=0.4, layer=1)], ids=repr)
+@pytest.mark.parametrize("method", ENDS, ids=lambda method: method.name)
 def test_a_prompt_that_ends_in_its_image_is_judged_by_its_last_token(method: vtc.Method, padding: str) -> None:
     """Whatever its neighbours are, padding is never asked."""
     model, batch = get_model("llava"), make_batch("llava", (1, 1), padding=padding)
