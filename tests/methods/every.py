@@ -13,25 +13,48 @@ from vtc.methods import list_methods
 SCHEDULE: dict[str, Any] = {"layers": (1, 2), "ratios": (0.6, 0.3)}  # the zoo's models are too shallow for the default
 
 SAMPLES: dict[str, vtc.Method] = {
+    # before the language model
     "divprune": vtc.DivPrune(keep=0.3),
+    "divprune_centred": vtc.DivPrune(keep=0.3, centered=True),
     "todre": vtc.ToDRE(keep=0.5),
     "todre_random": vtc.ToDRE(keep=0.5, pivot="random"),
-    "todre_both": vtc.ToDRE(keep=0.5, pivot="random", stage2=True, layer=2, tau=0.45),
     "idpruner": vtc.IDPruner(keep=0.4),
     "random": vtc.Random(keep=0.4, seed=3),
     "grid": vtc.Grid(keep=0.4),
+    "cdpruner": vtc.CDPruner(keep=0.4),
     "fastervlm": vtc.FasterVLM(keep=0.4),
     "scope": vtc.SCOPE(keep=0.4),
+    "vispruner": vtc.VisPruner(keep=0.4),
+    "hiprune": vtc.HiPrune(keep=0.4),
+    "holov": vtc.HoloV(keep=0.4),
+    "vscan": vtc.VScan(keep=0.4, window=2),
     "visionzip": vtc.VisionZip(keep=5, contextual=2),
+    "prumerge": vtc.PruMerge(keep=0.4),
+    "prumerge_adaptive": vtc.PruMerge(adaptive=True),
+    "prumerge_plus": vtc.PruMergePlus(keep=0.4),
     "globalcom2": vtc.GlobalCom2(keep=0.4),
     "globalcom2_divprune": vtc.GlobalCom2(keep=0.4, selector=vtc.DivPrune()),
     "allocate": vtc.Allocate(keep=0.4),
+    "merge": vtc.Merge(vtc.DivPrune(keep=0.4)),
+    "adaptive": vtc.Adaptive(vtc.DivPrune(keep=0.6), radius=0.7),
+    # inside it
+    "todre_both": vtc.ToDRE(keep=0.5, pivot="random", stage2=True, layer=2, tau=0.45),
     "transprune": vtc.TransPrune(**SCHEDULE),
+    "pyramiddrop": vtc.PyramidDrop(**SCHEDULE),
+    "sparsevlm": vtc.SparseVLM(**SCHEDULE),
     "fastv": vtc.FastV(keep=0.4, layer=1),
+    "dart": vtc.DART(keep=0.7, layer=1),
     "divprune_then_transprune": vtc.Chain(vtc.DivPrune(keep=0.5), vtc.TransPrune(**SCHEDULE)),
     "idpruner_then_todre2": vtc.Chain(
         vtc.IDPruner(keep=0.5), vtc.ToDRE(keep=1.0, pivot="random", stage2=True, layer=1, tau=0.4)
     ),
+    # of videos
+    "evs": vtc.EVS(keep=0.6),
+    "vidcom2": vtc.VidCom2(keep=0.6),
+    "vcast": vtc.VCast(keep=0.6),
+    "dycoke": vtc.DyCoke(keep=0.7),
+    "fastvid": vtc.FastVID(keep=0.6),
+    "holitom": vtc.HoliTom(keep=0.6),
 }
 
 

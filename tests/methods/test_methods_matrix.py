@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from every import SAMPLES, SCHEDULE, refusal
+from every import SAMPLES, SCHEDULE, missing, refusal
 from flash import flash_attention
 from reference import blind
 from release import CACHE, OLD
@@ -22,9 +22,11 @@ from torch import Tensor
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
 import vtc
+from vtc.methods.base import ModelFacts
 from vtc.methods.stages import Kept, Step
 from vtc.places import Layer, Place, Projector
 
+FACTS = ModelFacts(model_type="any", width=1, depth=4)
 HYBRID = "qwen3_5"
 # Ministral 3 scales its queries, so that softmax magnifies rounding: sdpa and eager attention differ by up to 3e-4,
 # and in float64, where softmax and norms stay fp32, by a sixth of it. A wrong mask or position costs 0.05 and more.
@@ -47,6 +49,42 @@ def methods_for(family: str) -> dict[str, vtc.Method]:
     """The samples that a family takes; `test_who_refuses_what` knows which it does not."""
     model = get_model(family)
     return {name: method for name, method in SAMPLES.items() if refusal(model, method) is None}
+
+
+# Who refuses what: what keeps a family from a method is a property of its vision tower or of its language model.
+NO_TOWER = ("gemma4", "gemma4_bidirectional")  # patches and tokens cannot be matched
+WITH_CLS = (
+    "llava", "llava_adjacent", "vipllava", "llava_next", "llava_next_video", "llava_next_video_image", "video_llava",
+    "internvl",
+)  # fmt: skip
+PROJECTOR = ("llava", "llava_adjacent", "vipllava", "llava_next")  # a patch becomes a token there
+THUMBNAIL = ("llava_next", "llava_next_video", "llava_next_video_image", "llava_onevision", "llava_onevision_video")
+SALIENT = ("fastervlm", "scope", "vispruner", "hiprune", "holov", "vscan", "visionzip", "fastvid", "holitom")
+
+
+def refusing(family: str) -> set[str]:
+    """The samples that a family is expected to refuse."""
+    found = set()
+    for name, method in SAMPLES.items():
+        inside = any(isinstance(s.at, Layer) for m in method.members for s in m.stages(FACTS))
+        if (
+            (inside and family == HYBRID)
+            or (method.name in SALIENT and family in NO_TOWER)
+            or (name == "todre" and family not in WITH_CLS)
+            or (name.startswith("prumerge") and family not in PROJECTOR)
+            or (method.name == "globalcom2" and family not in THUMBNAIL)
+        ):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_refuses_what(family: str) -> None:
+    assert set(SAMPLES) - set(methods_for(family)) == refusing(family)
+
+
+def test_every_method_is_tried() -> None:
+    assert not missing()
 
 
 def applies(family: str, method: vtc.Method, run: str) -> bool:

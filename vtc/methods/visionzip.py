@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from vtc.methods.base import ModelFacts, Newlines, Paper, Reduction, Stage, first_of, highest
+from vtc.methods.base import Method, ModelFacts, Newlines, Paper, Reduction, Stage, first_of, highest
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Salient
 from vtc.ops import cosines, gathered, nearest
-from vtc.places import Projector
-from vtc.signals import TowerKeys
+from vtc.places import Entry, Projector
+from vtc.signals import ProjectorInput, TowerKeys
 from vtc.tokens import VisualTokens, column
 from vtc.values import shown, whole
 
@@ -26,7 +26,8 @@ class VisionZip(Salient):
        token: the highest attention received, in the last layer.
     2. Contextual: of the others, in raster order, every M // C-th is a target. Each of the rest goes to the target with
        the most similar key (cosine of that layer's keys, averaged over heads); a target becomes itself plus the mean of
-       its members. All this before the projector.
+       its members. All this before the projector, or behind it (as the port in AngelSlim does) where tokens and what
+       enters the projector cannot be matched: Qwen-VL, InternVL, Pixtral.
 
     Published for LLaVA-1.5: 64 tokens are 54 dominant and 10 contextual; here that share goes with any ``keep``. The
     released code also emits the CLS token's feature, which has no place in the image: here one patch more is dominant.
@@ -34,10 +35,12 @@ class VisionZip(Salient):
 
     Attributes:
         contextual: how many of the budget are contextual; ``None``: 10 of 64.
+        place: ``projector`` (before it) or ``entry`` (behind it); ``None``: before it, where the model allows.
     """
 
     newlines: Newlines = "keep"
     contextual: int | None = None
+    place: Literal["projector", "entry"] | None = None
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[Paper] = Paper(
@@ -50,13 +53,21 @@ class VisionZip(Salient):
         if self.contextual is not None:
             rule = "it counts the merged tokens of an image"
             object.__setattr__(self, "contextual", whole("contextual", self.contextual, rule, least=0))
+        if self.place not in (None, "projector", "entry"):
+            raise ValueError(f"place={shown(self.place)} is none of None, 'projector', 'entry'")
         if self.newlines != "keep":
             raise ValueError(f"newlines={shown(self.newlines)}: a newline has no features to merge; leave 'keep'")
+
+    def settle(self, facts: ModelFacts) -> Method:
+        """Chooses saliency and place, if they were left open."""
+        served: Literal["projector", "entry"] = "projector" if ProjectorInput.kind in facts.signals else "entry"
+        return super().settle(facts) if self.place else replace(self, place=served).settle(facts)
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """With attention and keys of one layer."""
         salience = self.salience()
-        return (Stage(Projector(), needs=(salience, TowerKeys(layer=salience.layer))),)
+        at = Entry() if self.place == "entry" else Projector()
+        return (Stage(at, needs=(salience, TowerKeys(layer=salience.layer))),)
 
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Both steps; similarities and means in float64, so that a batch does not change them."""
