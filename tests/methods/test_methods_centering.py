@@ -145,6 +145,15 @@ def test_a_ragged_batch_worked_off_in_parts(variant: Any, monkeypatch: pytest.Mo
         assert torch.equal(turned[1][0].flip(0), weight[g, :n])
 
 
+def test_a_mean_is_the_same_bits_in_every_order() -> None:
+    values, mask = drawn(501, 9)[None].double() ** 3, torch.ones(1, 501, dtype=torch.bool)
+    found = centering.mean(values, mask)
+    torch.testing.assert_close(found[:, 0], values.mean(1), rtol=0, atol=1e-9)
+    for seed in range(5):
+        turned = values[:, torch.randperm(501, generator=torch.Generator().manual_seed(seed))]
+        assert torch.equal(centering.mean(turned, mask), found)
+
+
 def test_nothing_waits_and_no_gradient_is_kept() -> None:
     x = drawn(9).requires_grad_()
     tokens = VisualTokens(x[None], (Layout.plain(9),), (0,))
