@@ -9,7 +9,7 @@ import torch
 from nosync import NoSync
 from torch import Tensor
 
-from vtc.ops import density_peaks, squared_distances
+from vtc.ops import density_peaks, squared_distances, to_peaks
 
 
 def by_hand(rows: list[list[float]], neighbors: int) -> list[float]:
@@ -19,11 +19,7 @@ def by_hand(rows: list[list[float]], neighbors: int) -> list[float]:
     spread = [sum(sorted(row)[:neighbors]) / min(neighbors, n) for row in distance]
     scores = []
     for i in range(n):
-        denser = [
-            distance[i][j]
-            for j in range(n)
-            if spread[j] < spread[i] or (spread[j] == spread[i] and distance[i][j] == 0 and j < i)
-        ]
+        denser = [distance[i][j] for j in range(n) if spread[j] < spread[i] or (spread[j] == spread[i] and j < i)]
         apart = min(denser) if denser else max(max(row) for row in distance)
         scores.append(math.sqrt(apart) * math.exp(-spread[i]))
     return scores
@@ -75,3 +71,36 @@ def test_rows_of_zeros_and_no_rows() -> None:
     assert squared_distances(torch.zeros(3, 4)).equal(torch.zeros(3, 3, dtype=torch.float64))
     assert squared_distances(torch.zeros(2, 0, 4)).shape == (2, 0, 0)
     assert density_peaks(torch.zeros(2, 0, 0), torch.ones(2, 0, dtype=torch.bool), 4).shape == (2, 0)
+
+
+def test_neighbours_of_each_set() -> None:
+    x, mask = drawn(12), torch.ones(2, 12, dtype=torch.bool)
+    apart = squared_distances(x).expand(2, -1, -1)
+    found = density_peaks(apart, mask, torch.tensor([[2], [30]]))
+    assert found[0].equal(density_peaks(apart[0], mask[0], 2))
+    assert found[1].equal(density_peaks(apart[1], mask[1], 30))
+
+
+def grouped(x: Tensor, mask: Tensor, k: Tensor) -> Tensor:
+    apart = squared_distances(x, mask)
+    return to_peaks(apart, density_peaks(apart / x.shape[-1], mask, k.clamp(min=1)), k)
+
+
+def test_centres_are_in_the_middle_of_clouds() -> None:
+    """Two clouds far apart: one centre each, and everybody goes to their own."""
+    cloud = 0.1 * drawn(10)
+    x, mask = torch.cat([cloud[:6], cloud[6:] + 50.0])[None], torch.ones(1, 10, dtype=torch.bool)
+    with NoSync():
+        group = grouped(x, mask, torch.tensor([[2]]))[0]
+    first, second = (set(part.tolist()) for part in (group[:6], group[6:]))
+    assert len(first) == len(second) == 1
+    assert first < set(range(6))
+    assert second < set(range(6, 10))
+
+
+def test_centres_of_equal_rows_and_none() -> None:
+    x, mask = torch.ones(2, 6, 3), torch.arange(6) < torch.tensor([[6], [4]])
+    group = grouped(x, mask, torch.tensor([[3], [0]]))
+    assert group[0].tolist() == [0, 1, 2, 0, 0, 0]  # the lowest index, of which the first is the densest
+    assert group[1].tolist() == [6] * 6
+    assert grouped(x[:, :0], mask[:, :0], torch.tensor([[1], [1]])).shape == (2, 0)

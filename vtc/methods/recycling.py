@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.methods.base import Reduction, first_of, marked
-from vtc.ops.clustering import density_peaks
 from vtc.tokens import VisualTokens, column
 
 
@@ -29,7 +28,8 @@ def recycle(tokens: VisualTokens, ranked: Tensor, budget: tuple[int, ...]) -> Re
     at = Reduction.of_mask(first_of(ranked, among, n) & ~tops, many).index  # [G, M]
     there = torch.arange(at.shape[1], device=x.device) < column(many, x.device)
     rows = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-    group = density_peaks(rows, there, clusters, clusters.clamp_min(1))
+    apart = ops.squared_distances(rows, there) / x.shape[-1]
+    group = ops.to_peaks(apart, ops.density_peaks(apart, there, clusters.clamp_min(1)), clusters)
     total, joined = ops.gathered(rows, group, at.shape[1])
     place = at.masked_fill(joined == 0, n)
     values = _put(x, place, total / joined.clamp_min(1.0)[..., None])

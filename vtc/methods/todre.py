@@ -104,8 +104,8 @@ class ToDRE(Method):
 
     @property
     def remedy(self) -> str:
-        """The pivot that needs no signal."""
-        return 'vtc.ToDRE(pivot="random"), as the paper does for towers without a CLS token'
+        """The pivots of a tower without a CLS token."""
+        return 'vtc.ToDRE(pivot="random"), as the paper does for towers without a CLS token, or pivot="received"'
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """Stage 1 at the entrance; stage 2 is judged by the attention of the last layer before it."""

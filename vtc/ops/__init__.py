@@ -1,6 +1,6 @@
 """Pure tensor functions: batched, free of host synchronisation, traceable into one graph, deterministic."""
 
-from vtc.ops.density import density_peaks, squared_distances
+from vtc.ops.density import density_peaks, squared_distances, to_peaks
 from vtc.ops.determinant import max_determinant
 from vtc.ops.greedy import farthest_first, max_marginal_relevance, max_sum
 from vtc.ops.merging import cosines, cosines_to, first_near, gathered, nearest
@@ -22,5 +22,6 @@ __all__ = [
     "max_sum",
     "nearest",
     "squared_distances",
+    "to_peaks",
     "transition_variation",
 ]
