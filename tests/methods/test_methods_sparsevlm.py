@@ -46,7 +46,7 @@ def clusters_by_hand(x: Tensor, c: int) -> dict[int, list[int]]:
     peak = []
     for i in range(n):
         denser = [
-            j for j in range(n) if density[j] > density[i] or (density[j] == density[i] and apart[i][j] == 0 and j < i)
+            j for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)
         ]
         reach = min((apart[i][j] for j in denser), default=max(map(max, apart)))
         peak.append(math.sqrt(reach) * density[i])

@@ -170,7 +170,7 @@ def peaks(rows: list[list[float]], neighbors: int) -> list[float]:
     dense = [math.exp(-sum(sorted(row)[:neighbors]) / neighbors) for row in gap]
     apart = []
     for i in range(n):
-        denser = [gap[i][j] for j in range(n) if dense[j] > dense[i]]
+        denser = [gap[i][j] for j in range(n) if (dense[j], i) > (dense[i], j)]  # of equals the first
         apart.append(math.sqrt(min(denser) if denser else max(map(max, gap))))
     return [a * b for a, b in zip(apart, dense, strict=True)]
 
@@ -407,6 +407,9 @@ def test_pictures_stay_whole_and_a_choice_in_one_is_refused(method: Method) -> N
     assert counts == (12,)
     assert mask.all()
     signals = {"cls": torch.rand(12), "received": torch.rand(12)}
+    if getattr(method, "budgets", "") == "released":  # what an int means is decided by the content of a video
+        assert len(vtc.select(method, drawn(1, 12)[0], keep=5, signals=signals).index) == 12
+        return
     with pytest.raises(ValueError, match=rf"{method.name}.*a picture.*5 of its 12.*\[frames, n, d\]"):
         vtc.select(method, drawn(1, 12)[0], keep=5, signals=signals)
 

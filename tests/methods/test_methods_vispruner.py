@@ -105,6 +105,18 @@ def test_a_ragged_batch_worked_off_in_parts(
         assert alone.index.tolist() == together[g].nonzero()[:, 0].tolist()
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_beside_a_longer_image_nobody_is_compared_with_padding(released: bool) -> None:
+    """All cosines are negative, padding's would be 0: the token at 120 degrees is closer to the one at 0."""
+    angle = torch.tensor([170.0, 0.0, 120.0]).deg2rad()
+    features = torch.ones(2, 9, 2)
+    features[0, :3] = torch.stack([angle.cos(), angle.sin()], -1)
+    tokens = VisualTokens(features, (Layout.plain(3), Layout.plain(9)), (0, 1), {"cls": torch.zeros(2, 9)})
+    kept, counts = keep_mask(VisPruner(keep=0.67, important=0.0, released=released), tokens)
+    assert counts == (2, 6)
+    assert kept[0].tolist() == [True, True, *[False] * 7]
+
+
 def test_tokens_that_left_before_are_nobody() -> None:
     x, cls = drawn(30)
     alive = torch.arange(30) % 3 != 1

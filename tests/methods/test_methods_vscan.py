@@ -85,6 +85,7 @@ def test_windows_are_nearly_equal_and_within_a_picture() -> None:
     assert sizes == ((9, 6, 6, 6, 4, 4), (5, 5))
     bare = ANYRES.without_newlines()
     found, sizes = windows([bare], 16, 2)
+    assert found[0].tolist() == [0] * 4 + [1, 1, 2, 5] * 2 + [3, 3, 4, 6]
     assert sizes[0] == (4, 4, 2, 2, 1, 2, 1)
     assert windows([Layout.plain(576, (24, 24))], 576, 6)[1] == ((36,) * 16,)
 

@@ -59,7 +59,10 @@ class HiPrune(Salient):
 
     name: ClassVar[str] = "hiprune"
     paper: ClassVar[Paper] = Paper(
-        "HiPrune: hierarchical attention for efficient token pruning in VLMs", "ACL", 2026, "2508.00553"
+        "HiPrune: hierarchical attention for efficient token pruning in vision-language models",
+        "ACL",
+        2026,
+        "2508.00553",
     )
     published: ClassVar[Saliency] = "received"
 

@@ -83,7 +83,7 @@ class HoloV(Salient):
         score = _fine(self.scores(tokens).double()).masked_fill(~mask, 0.0)
         means = _means(score, crop, lengths)
         if self.variant == "paper":
-            spread = variance(tokens.features, crop, lengths.shape[1])
+            spread = variance(tokens.features, crop)
             scale = means / (_means(spread, crop, lengths) + TINY)
             score = score + spread * torch.nn.functional.pad(scale, (0, 1)).gather(1, crop)
         quotas = self._quotas(means, lengths, column(budget, mask.device))
@@ -109,12 +109,12 @@ def _means(values: Tensor, crop: Tensor, lengths: Tensor) -> Tensor:
     return _fine(gathered(values[..., None], crop, lengths.shape[1])[0][..., 0] / lengths.clamp(min=1))
 
 
-def variance(features: Tensor, crop: Tensor, crops: int) -> Tensor:
+def variance(features: Tensor, crop: Tensor) -> Tensor:
     """Of a token's cosines to the others of its crop: float64 [G, N], multiples of FINE, 0 where it is alone."""
     found, some = [], max(1, ENTRIES // crop.shape[1] ** 2)  # images at a time
     for x, own in zip(features.detach().split(some), crop.split(some), strict=True):
         same = (own[:, :, None] == own[:, None]) & ~torch.eye(own.shape[1], dtype=torch.bool, device=own.device)
-        like = (cosines(x.masked_fill((own == crops)[..., None], 0.0)) / COARSE).round_().mul_(COARSE * same)
+        like = (cosines(x) / COARSE).round_().mul_(COARSE * same)
         others = same.sum(-1).clamp(min=1)
         found.append(((like * like).sum(-1) - like.sum(-1) ** 2 / others) / others)
     return _fine(torch.cat(found)).clamp(min=0.0)

@@ -77,7 +77,7 @@ class VisPruner(Salient):
         keeps = first_of(order, important, n)
         others = mask & ~keeps
         rest = order.masked_fill(~others.gather(1, order), n)
-        features = tokens.features.detach().masked_fill(~mask[..., None], 0.0)
+        features = tokens.features.detach()
         left = [have - k for have, k in zip(tokens.counts, important, strict=True)]
         wanted = [k - i for k, i in zip(budget, important, strict=True)]
         size = max(1, ENTRIES // max(1, n * n))
