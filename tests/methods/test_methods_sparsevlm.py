@@ -45,9 +45,7 @@ def clusters_by_hand(x: Tensor, c: int) -> dict[int, list[int]]:
     density = [math.exp(-sum(sorted(row)[:c]) / c / d) for row in apart]
     peak = []
     for i in range(n):
-        denser = [
-            j for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)
-        ]
+        denser = [j for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)]
         reach = min((apart[i][j] for j in denser), default=max(map(max, apart)))
         peak.append(math.sqrt(reach) * density[i])
     centres = sorted(sorted(range(n), key=lambda i: (-peak[i], i))[:c])
