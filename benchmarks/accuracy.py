@@ -36,6 +36,7 @@ from transformers import AutoConfig
 import vtc
 from vtc.methods import make_method
 from vtc.profiling.provenance import provenance
+from vtc.tokens import Layout
 from vtc_tinyvlm import TYPES, Question
 from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
 
@@ -47,6 +48,14 @@ MODELS = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next"}
 # What a registered name and a keep cannot say; keep -> method. A chain's two parts drop the same share, so that `keep`
 # is what is left at the end.
 CONFIGURATIONS: dict[str, Callable[[float], vtc.Method]] = {
+    "divprune-centred": lambda keep: vtc.DivPrune(keep=keep, centered=True),
+    "idpruner-centred": lambda keep: vtc.IDPruner(keep=keep, centered=True),
+    "merge/divprune": lambda keep: vtc.Merge(vtc.DivPrune(keep=keep)),
+    "merge/fastervlm": lambda keep: vtc.Merge(vtc.FasterVLM(keep=keep)),
+    "adaptive-0.1/divprune": lambda keep: vtc.Adaptive(vtc.DivPrune(keep=keep), radius=0.1),
+    "adaptive-0.2/divprune": lambda keep: vtc.Adaptive(vtc.DivPrune(keep=keep), radius=0.2),
+    "prumerge-adaptive": lambda keep: vtc.PruMerge(adaptive=True),
+    "vscan-full": lambda keep: vtc.VScan(keep=keep, stage2=True),
     "divprune-newlines": lambda keep: vtc.DivPrune(keep=keep, newlines="keep"),
     "idpruner-newlines": lambda keep: vtc.IDPruner(keep=keep, newlines="keep"),
     "todre-full": lambda keep: vtc.ToDRE(keep=keep, stage2=True),
@@ -111,9 +120,14 @@ def apply(model: Any, name: str, keep: float, seed: int, positions: str) -> Any:
     return vtc.patch(model, method_of(name, keep, seed), positions=positions)
 
 
+def of_videos(name: str) -> bool:
+    """Whether a method leaves pictures whole."""
+    return method_of(name, 0.5).counts([Layout.plain(64)]) == (64,)
+
+
 def able(model: Any, keep: float, positions: str) -> list[str]:
     """The methods that this model can run; why not of the others goes to stderr."""
-    rest = [n for n in vtc.list_methods() if n not in (*FIRST, *MADE_OF_OTHERS)]
+    rest = [n for n in vtc.list_methods() if n not in (*FIRST, *MADE_OF_OTHERS) and not of_videos(n)]
     found = []
     for name in (*FIRST, *rest, *CONFIGURATIONS):
         try:
