@@ -118,10 +118,12 @@ def test_readme_shows_the_table_of_models():
     assert table in README, "paste the output of `vtc models --markdown` into README.md"
 
 
-def test_readme_lists_exactly_the_methods():
-    rows = re.findall(r"^- `(\w+)`", README.split("## Methods")[1].split("\n## ")[0], flags=re.M)
-    ours = [name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc.")]
-    assert sorted(rows) == ours  # other tests register methods of their own
+def test_readme_shows_the_table_of_methods():
+    ours = {name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc.")}
+    lines = CliRunner().invoke(app, ["methods", "--markdown"]).stdout.splitlines()
+    table = [line for line in lines if (name := re.match(r"\| \[`(.+?)`]", line)) is None or name[1] in ours]
+    assert len(table) == len(ours) + 2  # other tests register methods of their own
+    assert "\n".join(table) in README, "paste the output of `vtc methods --markdown` into README.md"
 
 
 def noxfile(name: str):

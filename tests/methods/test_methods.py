@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from asking import keep_mask, needs
+from every import SAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
@@ -21,9 +22,8 @@ from nosync import NoSync
 import vtc
 from vtc import ops
 from vtc.methods import Method, list_methods, make_method, method_class, register_method
-from vtc.methods.base import Reduction, Stage, image_seed
+from vtc.methods.base import ANY_MODEL, Reduction, Stage, image_seed
 from vtc.methods.divprune import DivPrune
-from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.grid import Grid
 from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm
@@ -34,27 +34,43 @@ from vtc.methods.todre import ToDRE
 from vtc.methods.visionzip import VisionZip
 from vtc.tokens import Layout, Segment, VisualTokens
 
+
+def acts_first(method: Method) -> bool:
+    """Whether all it does is before the language model."""
+    return all(stage.at.before_the_model for member in method.members for stage in member.stages(ANY_MODEL))
+
+
+def plainly_counted(method: Method) -> bool:
+    """Whether ``keep`` alone says how many of a picture stay; not: budgets of parts, videos, what content decides."""
+    ks = method.counts([Layout.plain(20)])
+    return ks == (vtc.budget.count(method.keep, 20),) and not isinstance(method, (vtc.Allocate, vtc.GlobalCom2))
+
+
 METHODS = [
-    DivPrune(),
-    ToDRE(),
+    *(m for m in SAMPLES.values() if acts_first(m) and plainly_counted(m)),
     ToDRE(variant="k_center"),
     ToDRE(pivot="random", seed=3),
+    ToDRE(pivot="received"),
     IDPruner(importance=ClsAttention()),
     IDPruner(importance=FeatureNorm(), balance=0.2),
-    Random(seed=7),
-    Grid(),
-    FasterVLM(),
-    SCOPE(),
+    IDPruner(importance=ClsAttention(), centered=True),
+    DivPrune(centered=True, variant="qwen"),
+    vtc.CDPruner(relevance=ClsAttention()),
+    vtc.CDPruner(centered=True),
+    vtc.VisPruner(important=0.2, released=True),
+    vtc.HiPrune(alpha=0.9, wraps=False),
+    vtc.HoloV(crops=3, variant="paper"),
+    vtc.Merge(vtc.FasterVLM()),
     SCOPE(alpha=2.0, combined="add"),
-    VisionZip(),
     VisionZip(contextual=4),
 ]
-NESTED = [m for m in METHODS if not isinstance(m, (Grid, VisionZip))]
+NESTED = [m for m in METHODS if m.nested]
 ANYRES = Layout(19, (Segment("thumbnail", 0, 4, (2, 2)), Segment("crops", 4, 15, (3, 4), newline=True)))
 NEWLINES = {8, 13, 18}
 
 
 def label(method: Method) -> str:
+    """Its options, those of a selector too."""
     return "-".join([method.name, *(str(v) for f in dataclasses.fields(method)[2:] for v in [getattr(method, f.name)])])
 
 
@@ -62,14 +78,16 @@ def tokens_of(layouts, seed=0, d=6, pad=0, ordinals=None, poison=math.nan) -> Vi
     """Image g has the same content whatever stands beside it: it depends on seed and its ordinal."""
     ordinals = tuple(range(len(layouts))) if ordinals is None else ordinals
     n = max(layout.length for layout in layouts) + pad
-    features, cls = torch.full((len(layouts), n, d), poison), torch.zeros(len(layouts), n)
+    features = torch.full((len(layouts), n, d), poison)
     keys = torch.zeros(len(layouts), n, 4)
+    rows = {name: torch.zeros(len(layouts), n) for name in ("cls", "cls_shallow", "received", "received_shallow")}
     for g, (layout, ordinal) in enumerate(zip(layouts, ordinals, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + ordinal)
         features[g, : layout.length] = torch.randn(layout.length, d, generator=generator)
-        cls[g, : layout.length] = torch.rand(layout.length, generator=generator)
+        for row in rows.values():
+            row[g, : layout.length] = torch.rand(layout.length, generator=generator)
         keys[g, : layout.length] = torch.randn(layout.length, 4, generator=generator)
-    return VisualTokens(features, tuple(layouts), ordinals, {"cls": cls, "keys": keys})
+    return VisualTokens(features, tuple(layouts), ordinals, {**rows, "keys": keys})
 
 
 def picks_of(method: Method, tokens: VisualTokens) -> list[list[int]]:
@@ -147,7 +165,7 @@ def test_keep_everything_never_selects(newlines, monkeypatch):
 @pytest.mark.parametrize("method", NESTED, ids=label)
 def test_select_knows_the_order_of_all(method):
     tokens = tokens_of([Layout.plain(9)])
-    signals = {"cls": tokens.signals["cls"][0]}
+    signals = {name: signal[0] for name, signal in tokens.signals.items()}
     found = vtc.select(method, tokens.features[0], keep=9, signals=signals)
     assert found.index.tolist() == [*range(9)]
     assert found.order.tolist()[:8] == vtc.select(method, tokens.features[0], keep=8, signals=signals).order.tolist()
@@ -182,11 +200,11 @@ def test_an_index_of_the_wrong_shape_is_named():
 
 
 @pytest.mark.parametrize("newlines", ["candidates", "keep"])
-@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, VisionZip)] + METHODS[-1:], ids=label)
+@pytest.mark.parametrize("method", METHODS, ids=label)
 def test_no_method_waits_for_the_device(method, newlines):
     tokens = tokens_of([ANYRES, Layout.plain(9)])
     with NoSync():
-        keep_mask(method if isinstance(method, VisionZip) else dataclasses.replace(method, newlines=newlines), tokens)
+        keep_mask(method if method.newlines == "keep" else dataclasses.replace(method, newlines=newlines), tokens)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=label)

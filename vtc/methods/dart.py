@@ -23,7 +23,7 @@ PIVOTS = 4  # of the image, and as many of the text
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class DART(Method):
-    """After ``layer`` layers, keep a few pivots and the tokens that duplicate them least.
+    """Keep a few pivots and the tokens that duplicate them least, early in the language model (after ``layer`` layers).
 
     1. Pivots: the 4 visual tokens, and the 4 text tokens behind the image, with the largest keys in the layer just
        done (L1 norm over all heads, after RoPE).

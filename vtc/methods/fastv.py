@@ -18,7 +18,7 @@ from vtc.values import whole
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class FastV(Scorer):
-    """After ``layer`` layers, keep the tokens that the prompt's last token looked at most in the layer just done.
+    """Drop, early in the language model (after ``layer`` layers), what the prompt's last token hardly looked at.
 
     1. Score: attention that the last token of the prompt paid the token in the layer before, averaged over heads. The
        softmax runs over all tokens. One row is computed again for it; attention maps are never asked for.
