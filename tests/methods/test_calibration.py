@@ -331,6 +331,23 @@ def inside_by_hand(model: Any, family: str, batch: Batch, i: int, what: str | No
     return Continuation(out.sequences[0, -NEW_TOKENS:], logits, gone, logits)
 
 
+@pytest.mark.usefixtures("shelf")
+@pytest.mark.parametrize("what", ["size", "size+distance"])
+def test_layers_of_two_stages_know_their_own_keys(what: str) -> None:
+    """Merging before the model and again in it: cached keys of layer 0 are not those of layer 2."""
+    model, batch = get_model("llava"), batch_of("llava")
+    method = vtc.Chain(thirds(Entry())(), EveryOther(at=2))
+    expected, tokens = run(model, batch, method, what, use_cache=False)
+    for cache in ({}, {"cache_implementation": "static"}):
+        found = run(model, batch, method, what, **cache)
+        torch.testing.assert_close(found[0], expected, rtol=0, atol=TOLERANCE)
+        assert torch.equal(found[1], tokens)
+    for row, sample in zip(expected, batch.samples, strict=True):
+        torch.testing.assert_close(run(model, sample, method, what)[0][0], row, rtol=0, atol=TOLERANCE)
+    only_before = run(model, batch, thirds(Entry())(), what)[0]
+    assert float((only_before - expected).abs().max()) > 20 * TOLERANCE
+
+
 # --------------------------------------------------------------------------------------------- the life of a generation
 
 
@@ -382,6 +399,24 @@ def test_a_second_image_on_the_same_cache() -> None:
             torch.testing.assert_close(found, model(**joined).logits[0, -1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("what", WHAT)
+def test_rows_move_with_the_cache(what: str) -> None:
+    """Two samples that merged otherwise, with their images elsewhere, change places."""
+    model, batch, sample = get_model("llava"), batch_of("llava"), batch_of("llava").samples[0]
+    pixels = torch.cat([sample["pixel_values"], batch["pixel_values"][-1:]])
+    ids = torch.cat([sample["input_ids"], sample["input_ids"].roll(1, 1)])
+    both = {"input_ids": ids, "pixel_values": pixels}
+    later, found = torch.tensor([[5, 6]]).repeat(2, 1), []
+    for order in ([0, 1], [1, 0]):
+        with torch.no_grad(), vtc.patch(model, "visionzip", keep=5, contextual=2, calibration=what):
+            cache = new_cache(model.get_decoder().config)
+            model(**both, **{CACHE: cache})
+            cache.reorder_cache(torch.tensor(order))
+            found.append(model(input_ids=later, **{CACHE: cache}).logits)
+    torch.testing.assert_close(found[1], found[0].flip(0), rtol=0, atol=1e-5)
+    assert float((found[0][0] - found[0][1]).abs().max()) > 1e-3
+
+
 def test_beams() -> None:
     model, sample = get_model("llava"), batch_of("llava").samples[0]
     found = []
@@ -404,12 +439,20 @@ def test_nothing_changes_where_nothing_is_lost() -> None:
                 assert torch.equal(model(**inputs).logits, plain)
 
 
-def test_padding_stays_finite_under_autocast() -> None:
-    model, batch = get_model("llava"), batch_of("llava")
-    with torch.no_grad(), vtc.patch(model, "visionzip", keep=5, calibration="size+distance"):
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast("cpu", dtype=dtype):
-                assert bool(model(**batch).logits.isfinite().all())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_are_finite_under_autocast(dtype: torch.dtype) -> None:
+    """A row that may see nothing, as padding, would be no number else, where kernels are not careful."""
+    model, batch, seen = get_model("llava"), batch_of("llava"), []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(bool(kwargs["attention_mask"].to(dtype).isfinite().all()))
+
+    hook = model.get_decoder().layers[1].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    patched = vtc.patch(model, "visionzip", keep=5, calibration="size+distance")
+    with torch.no_grad(), patched, torch.autocast("cpu", dtype=dtype):
+        assert bool(model(**batch).logits.isfinite().all())
+    hook.remove()
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

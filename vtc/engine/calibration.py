@@ -60,10 +60,9 @@ class Calibrator:
         visual = columns_of(plan.keep, plan.flat, batch, width)
         size = torch.ones_like(visual, dtype=torch.float32)
         if plan.merged is not None:
-            size = columns_of(plan.merged.size.masked_fill(~plan.keep, 1.0), plan.flat, batch, width, 1.0)
+            size = columns_of(plan.merged.size, plan.flat, batch, width, 1.0)
         if compact is not None:
             visual, size = compact.sequences(visual, size)
-            size = size.masked_fill(~compact.valid, 1.0)
         return Keys.of(size, visual)
 
     def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
