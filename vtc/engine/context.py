@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,7 @@ class Recording(dict[TowerSignal, list[Tensor]]):
         self.owner = owner
 
 
-@dataclass(frozen=True, slots=True)
-class Current:
+class Current(NamedTuple):
     """What this thread is doing. It is replaced, never changed: a copied context must not see what comes later.
 
     Attributes:
@@ -139,7 +138,7 @@ def current() -> Current:
 
 def change(**fields: Any) -> None:
     """From now on, in this thread, these fields of :class:`Current` are others."""
-    _CURRENT.set(replace(_CURRENT.get(), **fields))
+    _CURRENT.set(_CURRENT.get()._replace(**fields))
 
 
 @contextmanager
