@@ -376,7 +376,7 @@ def reproduce(monkeypatch):
 def test_every_recipe_is_a_method_that_can_be_built(reproduce):
     for recipe in reproduce.RECIPES:
         given = dict(argument.split("=", 1) for argument in recipe.pruning)
-        given["keep"] = float(given["keep"])
+        given["keep"] = int(given["keep"]) if given["keep"].isdigit() else float(given["keep"])
         given = {k: v == "true" if v in ("true", "false") else v for k, v in given.items()}
         assert split({"base": recipe.base} | given).config.method == given["method"]
 
