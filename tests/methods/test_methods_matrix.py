@@ -44,13 +44,6 @@ RUNS = {
 }
 
 
-@functools.cache
-def methods_for(family: str) -> dict[str, vtc.Method]:
-    """The samples that a family takes; `test_who_refuses_what` knows which it does not."""
-    model = get_model(family)
-    return {name: method for name, method in SAMPLES.items() if refusal(model, method) is None}
-
-
 # Who refuses what: what keeps a family from a method is a property of its vision tower or of its language model.
 NO_TOWER = ("gemma4", "gemma4_bidirectional")  # patches and tokens cannot be matched
 WITH_CLS = (
@@ -78,9 +71,16 @@ def refusing(family: str) -> set[str]:
     return found
 
 
+@functools.cache
+def methods_for(family: str) -> dict[str, vtc.Method]:
+    """The samples that a family takes."""
+    return {name: method for name, method in SAMPLES.items() if name not in refusing(family)}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_who_refuses_what(family: str) -> None:
-    assert set(SAMPLES) - set(methods_for(family)) == refusing(family)
+    model = get_model(family)
+    assert {name for name, method in SAMPLES.items() if refusal(model, method) is not None} == refusing(family)
 
 
 def test_every_method_is_tried() -> None:
