@@ -428,6 +428,24 @@ def test_beams() -> None:
     assert torch.equal(*found)
 
 
+def test_without_calibration_no_mask_is_touched() -> None:
+    """The layers get what they always got: bools, or nothing where attention is plainly causal."""
+    model, batch, seen = get_model("llava"), batch_of("llava"), []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        mask = kwargs["attention_mask"]
+        seen.append(None if mask is None else mask.dtype)
+
+    hook = model.get_decoder().layers[1].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    for what in (None, "size"):
+        with torch.no_grad(), vtc.patch(model, "visionzip", keep=5, contextual=2, calibration=what) as handle:
+            assert (handle.stage.calibrator is None) == (what is None)
+            model(**batch)
+            model(**batch.samples[0])
+    hook.remove()
+    assert seen == [torch.bool, None, torch.float32, torch.float32]
+
+
 def test_nothing_changes_where_nothing_is_lost() -> None:
     """A text alone, and images that keep all, attend as without a patch, bit for bit."""
     model, batch = get_model("llava"), batch_of("llava")
