@@ -73,7 +73,7 @@ class Patch:
         kept = last.kept()[0][1]
         for g, image in enumerate(last.plan.images):
             left = kept[image.row][len(samples[image.row])]
-            order = None if last.plan.order is None else last.plan.order[g].cpu()
+            order = None if last.plan.order is None else last.plan.order[g, : last.plan.chosen[g]].cpu()
             unasked = set(image.layout.newlines()) if self.method.newlines == "keep" else set()
             whole = order is not None and set(order.tolist()) == set(left.tolist()) - unasked
             samples[image.row].append(order if whole else None)

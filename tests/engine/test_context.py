@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vtc.engine.context import Call, Current, bypassed, change, current, during, running_call
-from vtc.engine.recorders import Recorder, listening_in, recording
+from vtc.engine.context import Call, Recording, bypassed, change, current, during, running_call
+from vtc.engine.recorders import Recorder, listening_in
 
 
 @pytest.fixture(autouse=True)
 def _idle() -> Iterator[None]:
     yield
-    assert current() == Current()
+    assert not any(vars(current()).values())
 
 
 def test_a_copied_context_goes_its_own_way() -> None:
@@ -65,12 +65,13 @@ def recorder(owner: Any, module: nn.Module) -> Recorder:
 def test_a_listener_leaves_what_its_owner_does_not_record() -> None:
     module, one, other = nn.Linear(2, 2), object(), object()
     first, second = recorder(one, module), recorder(other, module)
+    found, nothing = Recording(one), Recording(other)
     with listening_in([first]):
-        with listening_in([second]), recording(one) as found:
+        with listening_in([second]), during(recording=found):
             expected = module(torch.ones(1, 2))
         assert list(found) == [first.signal]
         assert torch.equal(torch.cat(found[first.signal]), 2 * expected)
-        with recording(other) as nothing:
+        with during(recording=nothing):
             module(torch.ones(1, 2))
         assert not nothing
         assert "forward" in vars(module)
@@ -79,6 +80,7 @@ def test_a_listener_leaves_what_its_owner_does_not_record() -> None:
 
 def test_a_forward_that_somebody_put_there_meanwhile_stays() -> None:
     module, owner = nn.Linear(2, 2), object()
+    nothing = Recording(owner)
     mine = module.__dict__["forward"] = functools.partial(nn.Linear.forward, module)
     with listening_in([recorder(owner, module)]):
         pass
@@ -87,6 +89,6 @@ def test_a_forward_that_somebody_put_there_meanwhile_stays() -> None:
         heard = module.forward
         theirs = module.__dict__["forward"] = functools.wraps(heard)(lambda *args: heard(*args))
     assert module.forward is theirs
-    with recording(owner) as nothing:
+    with during(recording=nothing):
         module(torch.ones(1, 2))
     assert not nothing

@@ -147,6 +147,7 @@ def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor,
         features, tuple(i.layout for i in images), ordinals(images), samples=tuple(i.row for i in images)
     )
     merged, order = None, None
+    chosen: tuple[int, ...] = ()
     entered: dict[int, tuple[int, ...]] = {}
     for step in chooser.steps:
         signals = chooser.signals(step, running, images, embeds)
@@ -157,9 +158,9 @@ def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor,
             check_no_gradient(step.method.name, embeds)
             merged = chooser.merged(step, kept, tokens, merged)
             tokens = replace(tokens, features=merged.features, size=merged.size)
-        order = None if kept.order is None else [row[:k] for row, k in zip(kept.order, kept.chosen, strict=True)]
+        order, chosen = kept.order, kept.chosen
         tokens = replace(tokens, alive=kept.mask, alive_counts=kept.counts)
-    return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, entered)
+    return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, chosen, entered)
 
 
 def compaction(plan: Plan, running: Call, shape: torch.Size) -> Compaction:

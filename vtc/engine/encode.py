@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vtc.dialect.compilers import never_alone
 from vtc.dialect.modules import features_in
 from vtc.engine.compiled import between_graphs
-from vtc.engine.context import current, running_call
+from vtc.engine.context import Recording, current, during, running_call
 from vtc.engine.locate import Encoded
-from vtc.engine.recorders import recording, recording_of
+from vtc.engine.recorders import recording_of
 from vtc.models import Adapter, Parts
 
 _ATTACHED = "_vtc_encoded"
@@ -74,8 +74,10 @@ def listening(
         nested = recording_of(parts) is not None  # some families encode videos by way of their image encoder
         if current().bypassed or nested:
             return None
-        block = recording(parts)
-        return block, block.__enter__()
+        recorded = Recording(parts)
+        block = during(recording=recorded)
+        block.__enter__()
+        return block, recorded
 
     @between_graphs
     def end(block: Any) -> None:

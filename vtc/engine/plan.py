@@ -68,7 +68,8 @@ class Plan:
         keep: bool [G, N], which of each image's tokens stay (on the model's device).
         counts: how many (host integers).
         merged: what stands in the places of those that stay, where the method merges.
-        order: of each image LongTensor [k], the tokens that the method chose, in its own order; ``None``: it has none.
+        order: LongTensor [G, K], the tokens that the method chose, in its own order; ``None``: it has none.
+        chosen: how many of each image's row of ``order`` are meant (host integers).
         entered: how many there were before a method's first stage, by the identity of the method.
         flat: LongTensor [G, N], where each token sits in the flattened batch; padding points past its end.
         given: tokens of each image that can be seen at all: those that the mask does not hide (host integers).
@@ -80,7 +81,8 @@ class Plan:
     flat: Tensor
     given: tuple[int, ...]
     merged: Merged | None = None
-    order: list[Tensor] | None = None
+    order: Tensor | None = None
+    chosen: tuple[int, ...] = ()
     entered: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property

@@ -13,18 +13,10 @@ from torch import nn
 
 from vtc.dialect import attention
 from vtc.dialect.towers import Heard, Tower
-from vtc.engine.context import Recording, current, during
+from vtc.engine.context import Recording, current
 from vtc.models import Adapter, Parts
 from vtc.models.base import MODALITIES
 from vtc.signals import TowerSignal
-
-
-@contextmanager
-def recording(owner: Any) -> Iterator[Recording]:
-    """Collect what the recorders of ``owner`` make while the vision tower runs."""
-    found = Recording(owner)
-    with during(recording=found):
-        yield found
 
 
 def recording_of(owner: Any) -> Recording | None:

@@ -96,11 +96,9 @@ def _check_index(method: object, who: str, picks: Any, counts: tuple[int, ...], 
     picks, alive = picks[:, :longest], tokens.mask
     n = alive.shape[1]
     ks = column(counts, picks.device)
-    read = torch.arange(longest, device=picks.device) < ks
-    there = torch.cat([alive, alive.new_zeros(len(alive), 1)], 1).gather(1, picks.clamp(0, n))
-    outside = read & ((picks < 0) | ~there)
-    taken = picks.new_zeros(len(counts), n + 1, dtype=torch.bool)  # the last column takes what is not read
-    taken = taken.scatter(1, picks.masked_fill(~read | outside, n), True)[:, :-1]
+    unread = torch.arange(longest, device=picks.device) >= ks
+    place = picks.masked_fill(unread | (picks < 0) | (picks > n), n)  # n, the last column, is cut off
+    taken = picks.new_zeros(len(counts), n + 1, dtype=torch.bool).scatter(1, place, True)[:, :-1] & alive
 
     def wrong(row: int) -> str:
         own, left = picks[row, : counts[row]].tolist(), set(alive[row].nonzero()[:, 0].tolist())
