@@ -34,9 +34,9 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vtc
-from vtc.methods import make_method
+from vtc.methods import make_method, method_class
+from vtc.methods.video import VideoMethod
 from vtc.profiling.provenance import provenance
-from vtc.tokens import Layout
 from vtc_tinyvlm import TYPES, Question
 from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
 
@@ -120,14 +120,10 @@ def apply(model: Any, name: str, keep: float, seed: int, positions: str) -> Any:
     return vtc.patch(model, method_of(name, keep, seed), positions=positions)
 
 
-def of_videos(name: str) -> bool:
-    """Whether a method leaves pictures whole."""
-    return method_of(name, 0.5).counts([Layout.plain(64)]) == (64,)
-
-
 def able(model: Any, keep: float, positions: str) -> list[str]:
     """The methods that this model can run; why not of the others goes to stderr."""
-    rest = [n for n in vtc.list_methods() if n not in (*FIRST, *MADE_OF_OTHERS) and not of_videos(n)]
+    rest = [n for n in vtc.list_methods() if not issubclass(method_class(n), VideoMethod)]
+    rest = [n for n in rest if n not in (*FIRST, *MADE_OF_OTHERS)]
     found = []
     for name in (*FIRST, *rest, *CONFIGURATIONS):
         try:

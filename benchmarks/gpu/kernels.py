@@ -28,8 +28,8 @@ from benchmarks.gpu.rows import NO, SKIPPED, YES, Row
 from benchmarks.gpu.selection import by, missing
 from benchmarks.gpu.suite import Suite, forced
 from vtc import ops
-from vtc.methods import make_method, method_class
-from vtc.tokens import Layout
+from vtc.methods import method_class
+from vtc.methods.video import VideoMethod
 
 # N, k, d and images of every kind: one token, a pair, odd sizes, newline-laden NeXT; all of them, one of them
 ODD = (
@@ -174,11 +174,8 @@ def flash(suite: Suite, spec: Spec) -> None:
 def names() -> list[str]:
     """All registered methods that choose in pictures, those of the table first."""
     ours = (name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc."))
-    return [*METHODS, *(name for name in ours if name not in METHODS and not _of_videos(name))]
-
-
-def _of_videos(name: str) -> bool:
-    return make_method(name, keep=0.5).counts([Layout.plain(64)]) == (64,)
+    of_pictures = (name for name in ours if not issubclass(method_class(name), VideoMethod))
+    return [*METHODS, *(name for name in of_pictures if name not in METHODS)]
 
 
 def _control(model: Any, inputs: dict[str, Tensor], row: Row) -> Row:
