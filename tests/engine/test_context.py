@@ -54,7 +54,7 @@ class Doubled:
 
     reads = "output"
 
-    def read(self, tower: Any, module: nn.Module, hidden: Tensor) -> Tensor:
+    def read(self, tower: Any, module: nn.Module, hidden: Tensor, heard: Any) -> Tensor:
         return 2 * hidden
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vtc.dialect.cliptext import Clip, load_clip
 from vtc.methods.base import ModelFacts
 from vtc.methods.importance import Importance, register_importance
 from vtc.ops import cosines
@@ -114,52 +113,9 @@ class ClipText(Importance):
                 f"ClipText(path={shown(self.path)}) is no folder with config.json and .safetensors; run `hf download` "
                 "for the CLIP that the vision tower was taken from, and give the folder it prints"
             )
-        return _load(self.path, tuple(file.stat().st_mtime_ns for file in files))
+        return load_clip(self.path, tuple(file.stat().st_mtime_ns for file in files))
 
 
 def against(patches: Tensor, text: Tensor) -> Tensor:
     """Float32 [..., N]: minus the mean cosine of patches [..., N, e] to the pieces of a text [..., M, e]."""
     return -cosines(patches, text).mean(-1).float()
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """What is needed of a CLIP: its text model with projection and tokenizer, norm and projection behind its tower."""
-
-    text: Any
-    text_projection: nn.Module
-    tokenizer: Any
-    norm: Any
-    projection: Any
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019
-    def encoded(self, question: str) -> Tensor:
-        """Float32 [M, e]: one row for each piece, the last one filled up with token 0."""
-        longest = self.text.config.max_position_embeddings
-        found = self.tokenizer(question, return_tensors="pt")
-        ids, mask = (
-            nn.functional.pad(found[key], (0, -found[key].shape[1] % longest)).reshape(-1, longest)
-            for key in ("input_ids", "attention_mask")
-        )
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            embeds: Tensor = self.text_projection(self.text(input_ids=ids, attention_mask=mask).pooler_output)
-        return embeds
-
-
-@functools.lru_cache(maxsize=2)
-def _load(path: str, times: tuple[int, ...]) -> Clip:
-    """On the CPU, in float32; ``times`` make a changed file another one."""
-    from transformers import AutoTokenizer, CLIPModel
-
-    try:
-        said = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-        if said.get("model_type") != "clip":
-            raise ValueError(f"its config.json says model_type={shown(said.get('model_type'))}, not 'clip'")
-        clip: Any = CLIPModel.from_pretrained(path, use_safetensors=True, local_files_only=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"ClipText({shown(path)}) cannot be loaded: {error}") from error
-    clip.eval()
-    return Clip(
-        clip.text_model, clip.text_projection, tokenizer, clip.vision_model.post_layernorm, clip.visual_projection
-    )
