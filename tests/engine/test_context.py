@@ -68,11 +68,11 @@ def test_a_listener_leaves_what_its_owner_does_not_record() -> None:
     found, nothing = Recording(one), Recording(other)
     with listening_in([first]):
         with listening_in([second]), during(recording=found):
-            expected = module(torch.ones(1, 2))
+            expected = module(torch.ones(1, 1, 2))
         assert list(found) == [first.signal]
         assert torch.equal(torch.cat(found[first.signal]), 2 * expected)
         with during(recording=nothing):
-            module(torch.ones(1, 2))
+            module(torch.ones(1, 1, 2))
         assert not nothing
         assert "forward" in vars(module)
     assert "forward" not in vars(module)
@@ -90,5 +90,5 @@ def test_a_forward_that_somebody_put_there_meanwhile_stays() -> None:
         theirs = module.__dict__["forward"] = functools.wraps(heard)(lambda *args: heard(*args))
     assert module.forward is theirs
     with during(recording=nothing):
-        module(torch.ones(1, 2))
+        module(torch.ones(1, 1, 2))
     assert not nothing

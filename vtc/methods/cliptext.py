@@ -24,6 +24,13 @@ from vtc.values import shown
 _QUESTIONS: ContextVar[tuple[str, ...] | None] = ContextVar("vtc_questions", default=None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipFeatures(TowerFeatures):
+    """Of a tower with a CLS token, as CLIP's has: another is refused when the model is patched."""
+
+    needs_cls: ClassVar[bool] = True
+
+
 @register_importance
 @dataclass(frozen=True)
 class ClipText(Importance):
@@ -58,7 +65,7 @@ class ClipText(Importance):
     @property
     def needs(self) -> tuple[Signal, ...]:
         """What the layer before the last returns."""
-        return (TowerFeatures(layer=-2, name="clip_features"),)
+        return (ClipFeatures(layer=-2, name="clip_features"),)
 
     @contextmanager
     def asking(self, questions: str | Sequence[str]) -> Iterator[None]:
