@@ -17,7 +17,7 @@ import torch
 from every import SAMPLES, SCHEDULE, missing, refusal
 from flash import flash_attention
 from reference import blind
-from release import CACHE, OLD
+from release import CACHE, OLD, RELEASE
 from torch import Tensor
 from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 
@@ -31,8 +31,9 @@ HYBRID = "qwen3_5"
 # Ministral 3 scales its queries, so that softmax magnifies rounding: sdpa and eager attention differ by up to 3e-4,
 # and in float64, where softmax and norms stay fp32, by a sixth of it. A wrong mask or position costs 0.05 and more.
 ROUGH = (HYBRID, "ministral3")
-# Caches and backends are the engine's: one method of each kind (before the model, inside it, merging, chained) is
-# enough to see that it does not depend on them. The others run with sdpa, without a cache and under flash attention.
+# Caches, backends and releases are the engine's: one method of each kind (before the model, inside it, merging, chained)
+# is enough to see that it does not depend on them. The others run on the newest release, with sdpa and flash attention.
+NEWEST = (5, 24)
 EVERYWHERE = ("divprune", "fastv", "transprune", "visionzip", "chain", "todre", "idpruner", "fastervlm", "globalcom2")
 PREFIX_LM = ("gemma3", "gemma3_window8", "gemma4", "gemma4_bidirectional", "paligemma")
 RUNS = {
@@ -93,7 +94,7 @@ def applies(family: str, method: vtc.Method, run: str) -> bool:
     """
     if run == "flash":
         return family not in (*PREFIX_LM, HYBRID)
-    if run in ("static", "eager") and method.name not in EVERYWHERE:
+    if method.name not in EVERYWHERE and (RELEASE < NEWEST or run not in ("sdpa", "flash")):
         return False
     return run != "uncached" or not method.query_aware
 
