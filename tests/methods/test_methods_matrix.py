@@ -31,8 +31,8 @@ HYBRID = "qwen3_5"
 # Ministral 3 scales its queries, so that softmax magnifies rounding: sdpa and eager attention differ by up to 3e-4,
 # and in float64, where softmax and norms stay fp32, by a sixth of it. A wrong mask or position costs 0.05 and more.
 ROUGH = (HYBRID, "ministral3")
-# Caches, backends and releases are the engine's: one method of each kind (before the model, inside it, merging, chained)
-# is enough to see that it does not depend on them. The others run on the newest release, with sdpa and flash attention.
+# Caches, backends and releases are the engine's: one method of each kind (before the model, inside it, merging, two of
+# them) is enough to see that. The others run on the newest release, with sdpa and flash attention.
 NEWEST = (5, 24)
 EVERYWHERE = ("divprune", "fastv", "transprune", "visionzip", "chain", "todre", "idpruner", "fastervlm", "globalcom2")
 PREFIX_LM = ("gemma3", "gemma3_window8", "gemma4", "gemma4_bidirectional", "paligemma")
