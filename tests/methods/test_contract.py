@@ -211,9 +211,11 @@ def test_visionzip(family: str, k: int, contextual: int) -> None:
         assert (plain[0].logits - merged[0].logits).abs().max() > 10 * TOLERANCE
 
 
-def test_visionzip_is_refused_where_there_is_no_cls_row() -> None:
+def test_visionzip_is_refused_where_patches_and_tokens_cannot_be_matched() -> None:
     with pytest.raises(ValueError, match=r"'visionzip' acts in front of the projector.*cannot give"):
-        vtc.patch(get_model("qwen2_5_vl"), VisionZip())
+        vtc.patch(get_model("qwen2_5_vl"), VisionZip(place="projector"))
+    with vtc.patch(get_model("qwen2_5_vl"), VisionZip()) as p:
+        assert p.method.place == "entry"
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

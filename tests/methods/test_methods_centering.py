@@ -203,7 +203,7 @@ def test_a_bad_option_is_named(method: Any, options: dict, error: type[Exception
 
 def test_a_tower_that_gives_no_rows_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'tower_features'.*cannot give"):
-        vtc.patch(get_model("idefics3"), DivPrune(centered=True, source="tower"))
+        vtc.patch(get_model("gemma4"), DivPrune(centered=True, source="tower"))
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])

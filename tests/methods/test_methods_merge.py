@@ -159,7 +159,7 @@ def test_a_ragged_batch_with_equal_tokens_in_parts_of_any_size(dtype: Any, monke
     with NoSync():
         together = reduce(Merge(vtc.DivPrune()), tokens, budget)
     assert together.features.dtype == dtype
-    monkeypatch.setattr(vtc.methods.merge, "ENTRIES", 1)
+    monkeypatch.setattr(vtc.methods.folding, "ENTRIES", 1)
     monkeypatch.setattr(vtc.ops.merging, "ENTRIES", 40)
     parts = reduce(Merge(vtc.DivPrune()), tokens, budget)
     for g, (layout, k) in enumerate(zip(layouts, budget, strict=True)):

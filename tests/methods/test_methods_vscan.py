@@ -111,8 +111,8 @@ def test_duplicates_join_the_first_and_rows_of_zeros_are_no_nan() -> None:
         "vscan", torch.cat([x, x[:1]]), keep=3, signals={n: torch.cat([s, s[3:4]]) for n, s in signals.items()}
     )
     assert found.index.tolist() == [0, 1, 2]
-    expected = torch.tensor([[2 / 4, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    torch.testing.assert_close(found.features, expected)  # 3 joined 1; 4, 5 and 6 joined 0
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    torch.testing.assert_close(found.features, expected)  # 3 joined 1, and 6 joined 0; 4 and 5 are like nobody
 
 
 def tokens_of(layouts: list[Layout], pad: int = 3, poison: float = math.nan) -> VisualTokens:

@@ -152,13 +152,16 @@ def _load(
 
 
 def _fitting(model: Any, console: Any) -> list[str]:
-    """Every registered method that the model can do; the others are named with the reason."""
-    from vtc.methods import list_methods
+    """Every registered method that the model can do with a picture; the others are named with the reason."""
+    from vtc.methods import list_methods, method_class
+    from vtc.methods.video import VideoMethod
     from vtc.patching import patch
 
     fitting = []
     for name in list_methods():
         try:
+            if issubclass(method_class(name), VideoMethod):
+                raise ValueError(f"{name} chooses between the frames of a video, and a picture is measured here")
             patch(model, name).unpatch()
             fitting.append(name)
         except ValueError as error:
