@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no hub, `import zoo` from any folder, and the matrix count at the end."""
+"""Shared by all tests: one thread, no hub, `import zoo` from any folder, samples of large matrices, and a count."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ transformers.logging.add_handler(Deprecations())
 # Tiny tensors: a second thread costs more than it computes, and xdist uses the other cores.
 torch.set_num_threads(1)
 
+NEWEST = "5.24"
+"""The release of transformers on which most cells of a matrix run."""
 MATRIX_TEST = "test_matrix.py::test_cell["
 
 
@@ -45,6 +48,35 @@ MATRIX_TEST = "test_matrix.py::test_cell["
 def deprecations_are_heard() -> None:
     """Before each test anew: commands of vtc silence transformers in the process that runs them."""
     transformers.logging.set_verbosity_warning()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-cell", action="store_true", help="run matrices whole, not a sample each release")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cells that are not in this release's sample of a matrix; pytest counts them as deselected.
+
+    `@pytest.mark.sampled(newest=2, older=3, by=("family", "name"))`: of all values of these arguments, one in so many.
+    Cells that share a reference go together. Each release has another sample, and always the same.
+    """
+    if config.getoption("--every-cell"):
+        return
+    newest = transformers.__version__.startswith(NEWEST)
+
+    def left_out(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("sampled")
+        if mark is None:
+            return False
+        one_in = mark.kwargs["newest" if newest else "older"]
+        values = [item.callspec.params[name] for name in mark.kwargs["by"]]
+        cell = f"{item.originalname} {values} {transformers.__version__[:4]}"
+        return zlib.crc32(cell.encode()) % one_in != 0
+
+    gone = [item for item in items if left_out(item)]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in set(gone)]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

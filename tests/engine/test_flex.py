@@ -41,6 +41,7 @@ def test_flex_attention_is_refused_elsewhere() -> None:
             vtc.patch(with_attention(family, "flex_attention"), "grid")
 
 
+@pytest.mark.sampled(newest=2, older=5, by=("family", "schedule", "cache"))
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("cache", CACHES, ids=str)
 @pytest.mark.parametrize("schedule", [None, "twice", "entry_and_inside"])

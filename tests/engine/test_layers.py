@@ -121,6 +121,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.sampled(newest=2, older=4, by=("family", "schedule", "padding"))
 @pytest.mark.parametrize(("backend", "cache"), RUNS, ids=str)
 @pytest.mark.parametrize(("schedule", "padding"), PROMPTS)
 @pytest.mark.parametrize("family", FITTING)

@@ -140,6 +140,7 @@ def batch_of(family: str, padding: str) -> Batch:
     return make_batch(family, padding=padding)
 
 
+@pytest.mark.sampled(newest=1, older=3, by=("cell",))
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(cell: Cell) -> None:
     if reason := upstream_bug(cell.family, cell.run, cell.cache):

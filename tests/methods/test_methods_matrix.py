@@ -211,6 +211,7 @@ def plain(stages: Any) -> Stages:
     return [(after, [[kept.tolist() for kept in images] for images in samples]) for after, samples in stages]
 
 
+@pytest.mark.sampled(newest=2, older=3, by=("family", "name"))
 @pytest.mark.parametrize(("family", "name", "run"), CELLS, ids=["-".join(cell) for cell in CELLS])
 def test_what_is_kept_decides_what_is_said(family: str, name: str, run: str) -> None:
     backend, arguments = RUNS[run]
@@ -248,6 +249,7 @@ def hybrid(name: str, stages: Stages, out: Any) -> tuple[Stages, Tensor, Tensor]
 ALONE = [(family, name) for family, name, run in CELLS if run == "sdpa"]
 
 
+@pytest.mark.sampled(newest=3, older=6, by=("family", "name"))
 @pytest.mark.parametrize(("family", "name"), ALONE, ids=["-".join(cell) for cell in ALONE])
 def test_a_sample_is_the_same_alone_and_among_eight(family: str, name: str) -> None:
     """Ragged: other images, other lengths, some without an image. Same keep-sets in every stage, same greedy tokens."""
