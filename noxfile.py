@@ -63,14 +63,12 @@ ONLY_NEWEST = (
 ONLY_ENDS = (
     "benchmarks/test_tinyvlm*.py",
     "commands/test_*.py",
-    "engine/test_capture.py",
-    "engine/test_compiled.py",
     "integrations/test_*.py",
     "profiling/test_*.py",
     "viz/test_*.py",
 )
 """Tests of what stands on the engine: what passes on the oldest and on the newest release needs none between. Those of
-the engine itself run on every one, but for torch's compiler, which minds torch's release."""
+the engine itself run on every one."""
 # a file's tests share models and references, so one process runs them all; files in order, the short ones last
 SUITE = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 APART = {

@@ -26,22 +26,33 @@ def shortened(text: str) -> str:
     return f"{text[: LONGEST - 60]}...{text[-20:]} ({len(text)} characters)"
 
 
-def number(name: str, value: Any, rule: str) -> float:
+def number(
+    name: str,
+    value: Any,
+    rule: str,
+    least: float = -math.inf,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
     """``value`` as a float, which is no NaN.
 
     Args:
         name: of the option.
         value: as given.
         rule: what would work.
+        least: at least this.
+        above: more than this.
+        below: less than this.
 
     Raises:
         TypeError: not a number (``True`` and ``False`` count as none, a Decimal is none either).
-        ValueError: not a number that a float can hold.
+        ValueError: not a number that a float can hold, or out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={shown(value)} is not a number; {rule}")
     found = as_float(value)
-    if math.isnan(found):
+    inside = found >= least and (above is None or found > above) and (below is None or found < below)
+    if not inside:  # as of a NaN
         raise ValueError(f"{name}={shown(value)}: {rule}")
     return found
 
@@ -85,3 +96,15 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={shown(value)} is neither True nor False")
     return value
+
+
+def one_of(name: str, value: Any, *known: Any, rule: str = "") -> Any:
+    """The one of the known values that ``value`` equals.
+
+    Raises:
+        ValueError: it is something else; ``rule`` is the reason.
+    """
+    if value not in known:
+        what = f"is none of {', '.join(map(repr, known))}" if len(known) > 1 else f"must be {known[0]!r}"
+        raise ValueError(f"{name}={shown(value)} {what}{rule and f': {rule}'}")
+    return known[known.index(value)]

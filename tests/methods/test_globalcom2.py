@@ -278,7 +278,7 @@ def test_a_thumbnail_that_is_no_square_is_named():
     [
         ({"scores": "attention"}, ValueError, "'attention'"),
         ({"tau": 0.0}, ValueError, "tau=0.0"),
-        ({"newlines": "candidates"}, ValueError, "never prunes newlines"),
+        ({"newlines": "candidates"}, ValueError, "must be .keep.: newlines belong to no region"),
         ({"selector": "divprune"}, TypeError, "'divprune'"),
         ({"selector": TransPrune()}, ValueError, "vtc.Chain"),
     ],

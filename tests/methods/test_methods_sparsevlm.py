@@ -158,7 +158,7 @@ def test_stages_scale_with_depth_or_are_refused() -> None:
     [
         ({"version": "v3"}, ValueError, "'v3'"),
         ({"schedule": 100}, ValueError, "schedule=100"),
-        ({"schedule": "192"}, TypeError, "schedule='192'"),
+        ({"schedule": "192"}, ValueError, "schedule='192'"),
         ({"recycle": "yes"}, TypeError, "recycle='yes'"),
         ({"ratios": (0.5, 0.6, 0.1)}, ValueError, "grow"),
     ],

@@ -559,7 +559,7 @@ def test_training_gets_gradients_through_merged_values() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "error", "word"),
     [
-        (EVS, {"newlines": "candidates"}, ValueError, "newlines='candidates'.*leave 'keep'"),
+        (EVS, {"newlines": "candidates"}, ValueError, "newlines='candidates' must be 'keep'"),
         (VidCom2, {"budgets": "vllm"}, ValueError, "budgets='vllm'"),
         (VCast, {"leftover": "all"}, ValueError, "leftover='all'"),
         (DyCoke, {"drop": 1.5}, ValueError, r"drop=1\.5"),

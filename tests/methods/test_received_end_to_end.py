@@ -96,7 +96,7 @@ def test_todre_starts_in_the_thumbnail() -> None:
     received = torch.arange(22.0)
     found = asking.picks(vtc.ToDRE(keep=3, pivot="received"), tokens(CUT, received), (3,))
     assert int(found[0, 0]) == 3
-    with pytest.raises(ValueError, match="neither 'cls' nor 'received' nor 'random'"):
+    with pytest.raises(ValueError, match="none of 'cls', 'received', 'random'"):
         vtc.ToDRE(pivot="sent")
 
 

@@ -67,10 +67,7 @@ class Adaptive(Wrapper):
 
     def __post_init__(self) -> None:
         rule = "it is a cosine distance, 1 - cosine, and must lie in [0, 1)"
-        radius = number("radius", self.radius, rule)
-        if not 0.0 <= radius < 1.0:
-            raise ValueError(f"radius={shown(self.radius)}: {rule}")
-        object.__setattr__(self, "radius", radius)
+        object.__setattr__(self, "radius", number("radius", self.radius, rule, least=0.0, below=1.0))
         if self.at_most is not None:
             self._rename()
         super().__post_init__()

@@ -13,6 +13,7 @@ from torch import Tensor
 from vtc.budget import apportioned
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage
 from vtc.methods.divprune import DivPrune
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.returns import check_reduction
 from vtc.methods.stages import Kept
@@ -21,7 +22,7 @@ from vtc.methods.vidcom2 import frame_weights, likeness
 from vtc.methods.video import VideoMethod, frames_of
 from vtc.ops.frames import in_shares
 from vtc.tokens import Layout, Region, VisualTokens
-from vtc.values import shown
+from vtc.values import one_of, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Allocator(Method):
             language model it does there as ever.
     """
 
-    newlines: Newlines = "keep"
+    newlines: Newlines = option("keep", one_of, "keep", rule="newlines belong to no region of an image")
     selector: Method | None = None
 
     def __post_init__(self) -> None:
@@ -179,8 +180,8 @@ class Allocate(Allocator):
     """
 
     selector: Method = _SELECTOR
-    by: Literal["uniform", "image", "frame"] = "uniform"
-    frames: Frames = "even"
+    by: Literal["uniform", "image", "frame"] = option("uniform", one_of, "uniform", "image", "frame")
+    frames: Frames = option("even", one_of, *get_args(Frames))
 
     name: ClassVar[str] = "allocate"
 
@@ -188,16 +189,8 @@ class Allocate(Allocator):
         super().__post_init__()
         if self.selector is None:
             raise TypeError("allocate shares out a budget only; give a selector, such as vtc.DivPrune()")
-        if self.by not in ("uniform", "image", "frame"):
-            raise ValueError(f"by={shown(self.by)} is neither 'uniform' nor 'image' nor 'frame'")
-        if self.frames not in get_args(Frames):
-            raise ValueError(f"frames={shown(self.frames)} is none of {', '.join(map(repr, get_args(Frames)))}")
         if self.frames != "even" and self.by == "image":
             raise ValueError(f"frames={shown(self.frames)} weighs frames, which have no budgets with by='image'")
-        if self.newlines != "keep":
-            raise ValueError(
-                f"newlines={shown(self.newlines)}: newline tokens belong to no region of an image; they are kept"
-            )
 
     def share_out(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Steps 1 to 3; does not wait for the device if the selector does not, and frames share evenly."""

@@ -15,16 +15,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vtc.budget import Keep, check_keep, count
+from vtc.methods.options import check_options, option
 from vtc.places import Entry, Place
 from vtc.signals import Signal
 from vtc.tokens import Layout, VisualTokens, column
-from vtc.values import shown
+from vtc.values import one_of
 
 Newlines = Literal["candidates", "keep"]
 
@@ -127,7 +128,7 @@ class Method(ABC):
     """
 
     keep: Keep = 0.25
-    newlines: Newlines = "candidates"
+    newlines: Newlines = option("candidates", one_of, *get_args(Newlines))
 
     name: ClassVar[str]
     paper: ClassVar[Paper | None] = None
@@ -146,8 +147,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))  # a NumPy number becomes a plain one
-        if self.newlines not in ("candidates", "keep"):
-            raise ValueError(f"newlines={shown(self.newlines)} is neither 'candidates' nor 'keep'")
+        check_options(self)
 
     # -- what a method writes -------------------------------------------------------------------------------------
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import Method, ModelFacts
+from vtc.methods.options import option
 from vtc.ops.merging import UNIT, unit_rows
 from vtc.signals import TowerFeatures, TowerSignal
 from vtc.tokens import VisualTokens
-from vtc.values import flag, shown
+from vtc.values import flag, one_of, shown
 
 EPSILON = 1e-6  # of the paper's denominators; it names no value
 BITS = 36  # of summands: sums of up to 2**17 of them are exact in float64
@@ -44,18 +45,14 @@ class Centred(Method):
             vision tower's last layer); ``None``: ``tower`` with ``qwen`` where the model gives it, else ``entry``.
     """
 
-    centered: bool = False
-    variant: Literal["llava", "qwen"] | None = None
-    source: Literal["entry", "tower"] | None = None
+    centered: bool = option(False, flag)
+    variant: Literal["llava", "qwen"] | None = option(None, one_of, None, "llava", "qwen")
+    source: Literal["entry", "tower"] | None = option(None, one_of, None, "entry", "tower")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        flag("centered", self.centered)
-        for name, known in (("variant", ("llava", "qwen")), ("source", ("entry", "tower"))):
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ValueError(f"{name}={shown(value)} is none of None, {', '.join(map(repr, known))}")
-            if value is not None and not self.centered:
+        for name in ("variant", "source"):
+            if not self.centered and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name}={shown(value)} goes with centered=True")
 
     def settle(self, facts: ModelFacts) -> Method:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc.budget import share, truncated
 from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage, first_of, highest, keeps_all
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.ops import cosines
 from vtc.places import Layer
@@ -49,8 +50,8 @@ class DART(Method):
         released: count and order as the released code has them.
     """
 
-    layer: int = 2
-    released: bool = False
+    layer: int = option(2, whole, "it counts the layers before", least=1)
+    released: bool = option(False, flag)
 
     name: ClassVar[str] = "dart"
     paper: ClassVar[Paper] = Paper(
@@ -60,11 +61,6 @@ class DART(Method):
         "2502.11494",
     )
     query_aware: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "layer", whole("layer", self.layer, "it counts the layers before", least=1))
-        flag("released", self.released)
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """With keys of the layer before it, and the text's states there."""

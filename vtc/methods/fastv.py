@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc.methods.base import ModelFacts, Paper, Scorer, Stage
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.places import Layer
 from vtc.signals import Rows
@@ -37,7 +38,7 @@ class FastV(Scorer):
         layer: how many layers run before, at least 1.
     """
 
-    layer: int = 2
+    layer: int = option(2, whole, "it counts the layers before", least=1)
     name: ClassVar[str] = "fastv"
     paper: ClassVar[Paper] = Paper(
         "An image is worth 1/2 tokens after layer 2: plug-and-play inference acceleration for large VLMs",
@@ -46,10 +47,6 @@ class FastV(Scorer):
         "2403.06764",
     )
     query_aware: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "layer", whole("layer", self.layer, "it counts the layers before", least=1))
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """With one attention row of the layer before it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtc.budget import apportioned, truncated
 from vtc.methods.base import Paper, Reduction
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.video import Cut, Melting, Video
 from vtc.ops import density_peaks, gathered, nearest, squared_distances
@@ -50,24 +51,16 @@ class FastVID(Melting):
         beta: least weight of an anchor itself.
     """
 
-    segments: int = 8
-    tau: float = 0.9
-    context: float = 0.4
-    stride: int = 4
-    beta: float = 0.6
+    segments: int = option(8, whole, "it counts, from 1", least=1)
+    tau: float = option(0.9, number, "it is a cosine")
+    context: float = option(0.4, share, "it is a share, in [0, 1]")
+    stride: int = option(4, whole, "it counts, from 1", least=1)
+    beta: float = option(0.6, share, "it is a share, in [0, 1]")
 
     name: ClassVar[str] = "fastvid"
     paper: ClassVar[Paper] = Paper(
         "FastVID: Dynamic Density Pruning for Fast Video Large Language Models", "NeurIPS", 2025, "2503.11187"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("segments", "stride"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), "it counts, from 1", least=1))
-        for name in ("context", "beta"):
-            object.__setattr__(self, name, share(name, getattr(self, name), "it is a share, in [0, 1]"))
-        object.__setattr__(self, "tau", number("tau", self.tau, "it is a cosine"))
 
     def cut(self, video: Video, k: int | None) -> Cut:
         """Steps 1 to 4."""

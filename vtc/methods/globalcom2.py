@@ -14,13 +14,14 @@ from vtc import ops
 from vtc.budget import share, truncated
 from vtc.methods.allocate import Allocator, unsplit, within
 from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage, first_of, highest
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.stages import Kept
 from vtc.ops.scores import claimed_shares
 from vtc.places import Entry
 from vtc.signals import Cls, ClsLogits, Received, TowerSignal
 from vtc.tokens import Layout, Region, VisualTokens
-from vtc.values import number, shown
+from vtc.values import number, one_of
 
 _SIGNAL: dict[str | None, TowerSignal] = {"logits": ClsLogits(), "probabilities": Cls(), "received": Received()}
 
@@ -74,8 +75,10 @@ class GlobalCom2(Allocator):
             count.
     """
 
-    scores: Literal["logits", "probabilities", "received", "distance"] | None = None
-    tau: float = 10.0
+    scores: Literal["logits", "probabilities", "received", "distance"] | None = option(
+        None, one_of, None, "logits", "probabilities", "received", "distance"
+    )
+    tau: float = option(10.0, number, "it is a temperature and must be positive", above=0.0)
 
     name: ClassVar[str] = "globalcom2"
     paper: ClassVar[Paper] = Paper(
@@ -85,21 +88,6 @@ class GlobalCom2(Allocator):
         2026,
         "2501.05179",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scores not in (None, *_SIGNAL, "distance"):
-            raise ValueError(
-                f"scores={shown(self.scores)} is none of None, {', '.join(map(repr, _SIGNAL))}, 'distance'"
-            )
-        rule = "it is a temperature and must be positive"
-        object.__setattr__(self, "tau", number("tau", self.tau, rule))
-        if not self.tau > 0:
-            raise ValueError(f"tau={shown(self.tau)}: {rule}")
-        if self.newlines != "keep":
-            raise ValueError(
-                f"newlines={shown(self.newlines)}: globalcom2 never prunes newlines; leave newlines='keep'"
-            )
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance, with the signal behind ``scores``; and those of the selector."""

@@ -9,6 +9,7 @@ import torch
 
 from vtc.methods.base import ModelFacts, Paper, Reduction, Stage, first_of, highest, marked
 from vtc.methods.grids import neighbours
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Saliency, Salient, tiered
 from vtc.places import Entry
@@ -51,11 +52,11 @@ class HiPrune(Salient):
         released: as many anchors as in the released code, maybe none.
     """
 
-    alpha: float = 0.1
-    shallow: float | None = None
-    deep: float | None = None
-    wraps: bool = True
-    released: bool = False
+    alpha: float = option(0.1, share, "it must lie in [0, 1]")
+    shallow: float | None = option(None, tower_layer)
+    deep: float | None = option(None, tower_layer)
+    wraps: bool = option(True, flag)
+    released: bool = option(False, flag)
 
     name: ClassVar[str] = "hiprune"
     paper: ClassVar[Paper] = Paper(
@@ -65,15 +66,6 @@ class HiPrune(Salient):
         "2508.00553",
     )
     published: ClassVar[Saliency] = "received"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "alpha", share("alpha", self.alpha, "it must lie in [0, 1]"))
-        for name in ("shallow", "deep"):
-            if (layer := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tower_layer(name, layer))
-        flag("wraps", self.wraps)
-        flag("released", self.released)
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance, with two layers."""

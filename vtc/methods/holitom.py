@@ -10,6 +10,7 @@ import torch
 
 from vtc.budget import apportioned
 from vtc.methods.base import Paper, Reduction
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Saliency
 from vtc.methods.video import Cut, Melting, Video
@@ -49,24 +50,16 @@ class HoliTom(Melting):
         window: frames of a window at most.
     """
 
-    tau: float = 0.8
-    beta: float | None = 0.6
-    neighbors: int = 7
-    window: int = 1024
+    tau: float = option(0.8, number, "it is a cosine")
+    beta: float | None = option(0.6, share, "it is a share, in [0, 1], or None")
+    neighbors: int = option(7, whole, "it counts, from 1", least=1)
+    window: int = option(1024, whole, "it counts, from 1", least=1)
 
     name: ClassVar[str] = "holitom"
     paper: ClassVar[Paper] = Paper(
         "HoliTom: Holistic Token Merging for Fast Video Large Language Models", "NeurIPS", 2025, "2505.21334"
     )
     published: ClassVar[Saliency] = "received"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("neighbors", "window"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), "it counts, from 1", least=1))
-        object.__setattr__(self, "tau", number("tau", self.tau, "it is a cosine"))
-        if self.beta is not None:
-            object.__setattr__(self, "beta", share("beta", self.beta, "it is a share, in [0, 1], or None"))
 
     def cut(self, video: Video, k: int | None) -> Cut:
         """Steps 1 to 4."""

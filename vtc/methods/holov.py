@@ -10,13 +10,14 @@ from torch import Tensor
 
 from vtc.methods.base import ModelFacts, Paper, Reduction, Stage
 from vtc.methods.grids import runs
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Salient, highest_of_groups
 from vtc.methods.scope import ENTRIES
 from vtc.ops import cosines, gathered
 from vtc.places import Entry
 from vtc.tokens import VisualTokens, column
-from vtc.values import shown, whole
+from vtc.values import one_of, whole
 
 FINE, COARSE = 2.0**-36, 2.0**-20  # of attention, of cosines: sums of multiples, and of squares of multiples, are exact
 TINY = 1e-30  # keeps 0 / 0 away
@@ -52,8 +53,8 @@ class HoloV(Salient):
         variant: ``code`` or ``paper``.
     """
 
-    crops: int | None = None
-    variant: Literal["code", "paper"] = "code"
+    crops: int | None = option(None, whole, "it counts the crops of an image", least=1)
+    variant: Literal["code", "paper"] = option("code", one_of, "code", "paper")
 
     name: ClassVar[str] = "holov"
     paper: ClassVar[Paper] = Paper(
@@ -62,13 +63,6 @@ class HoloV(Salient):
         2025,
         "2510.02912",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.crops is not None:
-            object.__setattr__(self, "crops", whole("crops", self.crops, "it counts the crops of an image", least=1))
-        if self.variant not in ("code", "paper"):
-            raise ValueError(f"variant={shown(self.variant)} is neither 'code' nor 'paper'")
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance."""

@@ -12,6 +12,7 @@ from vtc import ops
 from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage
 from vtc.methods.centering import Centred
 from vtc.methods.importance import ClsAttention, FeatureNorm, Importance
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.places import Entry
 from vtc.signals import Cls
@@ -60,7 +61,7 @@ class IDPruner(Centred):
     """
 
     importance: Importance | None = None
-    balance: float = 0.5
+    balance: float = option(0.5, share, "it must lie in [0, 1]")
 
     name: ClassVar[str] = "idpruner"
     paper: ClassVar[Paper] = Paper(
@@ -72,7 +73,6 @@ class IDPruner(Centred):
         super().__post_init__()
         if self.importance is not None and not isinstance(self.importance, Importance):
             raise TypeError(f"importance={shown(self.importance)} is no vtc.Importance, such as vtc.ClsAttention()")
-        object.__setattr__(self, "balance", share("balance", self.balance, "it must lie in [0, 1]"))
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance, with what the importance needs; nothing while that is open."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import Method, ModelFacts, Newlines, Paper, Reduction, Stage, first_of, highest
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.ops import cosines, first_max
 from vtc.places import Projector
 from vtc.signals import ClsWide, KeysWide
 from vtc.tokens import Layout, VisualTokens, column
-from vtc.values import flag, shown
+from vtc.values import flag, one_of
 
 NEIGHBOURS = 32
 
@@ -49,22 +50,15 @@ class PruMerge(Method):
         plus: a grid beside the highest.
     """
 
-    newlines: Newlines = "keep"
-    adaptive: bool = False
-    plus: bool = False
+    newlines: Newlines = option("keep", one_of, "keep", rule="a newline has no features to merge")
+    adaptive: bool = option(False, flag)
+    plus: bool = option(False, flag)
 
     name: ClassVar[str] = "prumerge"
     paper: ClassVar[Paper | None] = Paper(
         "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", "ICCV", 2025, "2403.15388"
     )
     merges: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        flag("adaptive", self.adaptive)
-        flag("plus", self.plus)
-        if self.newlines != "keep":
-            raise ValueError(f"newlines={shown(self.newlines)}: a newline has no features to merge; leave 'keep'")
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """Both signals are of the last layer."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import Scorer, Stage, image_seed
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.tokens import VisualTokens
 from vtc.values import whole
@@ -27,13 +28,9 @@ class Random(Scorer):
         seed: any int.
     """
 
-    seed: int = 0
+    seed: int = option(0, whole, "it may be any int")
 
     name: ClassVar[str] = "random"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "seed", whole("seed", self.seed, "it may be any int"))
 
     def score(self, stage: Stage, tokens: VisualTokens) -> Tensor:
         """Places in a random permutation, the first the highest."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import Method, ModelFacts, highest
+from vtc.methods.options import option
 from vtc.signals import Cls, Received, TowerSignal
 from vtc.tokens import VisualTokens
-from vtc.values import shown
+from vtc.values import one_of
 
 Saliency = Literal["cls", "received"]
 KINDS: dict[Saliency, type[TowerSignal]] = {"cls": Cls, "received": Received}
@@ -27,14 +28,9 @@ class Salient(Method):
             published with, where the model gives it, else the other.
     """
 
-    saliency: Saliency | None = None
+    saliency: Saliency | None = option(None, one_of, None, *KINDS)
 
     published: ClassVar[Saliency] = "cls"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.saliency not in (None, *KINDS):
-            raise ValueError(f"saliency={shown(self.saliency)} is none of None, {', '.join(map(repr, KINDS))}")
 
     def settle(self, facts: ModelFacts) -> Method:
         """Chooses the saliency, if that was left open."""

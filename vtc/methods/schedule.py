@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from vtc import values
 from vtc.budget import Keep, share, truncated
 from vtc.methods.base import Method, Stage
+from vtc.methods.options import check_options
 from vtc.values import shown, whole
 
 OF = 32
@@ -40,6 +41,7 @@ class Scheduled(Method):
     """After how many layers of 32 its stages come."""
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.ratios is not None:
             object.__setattr__(self, "ratios", _entries("ratios", self.ratios, values.share, "shares in (0, 1]"))
         if self.layers is not None:

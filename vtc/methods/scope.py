@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vtc.methods.base import ModelFacts, Paper, Reduction, Stage
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Salient
 from vtc.ops import cosines, first_max
 from vtc.places import Entry
 from vtc.tokens import VisualTokens
-from vtc.values import number, shown
+from vtc.values import number, one_of
 
-COMBINED = ("multi", "add")
 STEP = 2.0**-23  # of cosines, as fine as float32 below one: sums of them are exact, and a token to itself is 1
 ENTRIES = 2**26  # of all matrices of cosines that are made at a time; an image alone may have more
 
@@ -49,24 +49,14 @@ class SCOPE(Salient):
         combined: "multi" or "add".
     """
 
-    alpha: float = 1.0
-    combined: str = "multi"
+    alpha: float = option(1.0, number, "an exponent, finite and at least 0", least=0.0, below=math.inf)
+    combined: Literal["multi", "add"] = option("multi", one_of, "multi", "add")
 
     name: ClassVar[str] = "scope"
     paper: ClassVar[Paper] = Paper(
         "SCOPE: saliency-coverage oriented token pruning for efficient multimodal LLMs", "NeurIPS", 2025, "2510.24214"
     )
     nested: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rule = "the exponent of the saliency must be finite and at least 0"
-        alpha = number("alpha", self.alpha, rule)
-        if not 0.0 <= alpha < math.inf:
-            raise ValueError(f"alpha={shown(self.alpha)}: {rule}")
-        object.__setattr__(self, "alpha", alpha)
-        if self.combined not in COMBINED:
-            raise ValueError(f"combined={shown(self.combined)} is none of {', '.join(map(repr, COMBINED))}")
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance."""

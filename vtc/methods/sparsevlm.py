@@ -8,13 +8,14 @@ from typing import ClassVar, Literal
 import torch
 
 from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage, highest
+from vtc.methods.options import option
 from vtc.methods.recycling import recycle, recycled
 from vtc.methods.registry import register_method
 from vtc.methods.schedule import Scheduled
 from vtc.places import Layer
 from vtc.signals import Rating, TextRows
 from vtc.tokens import VisualTokens
-from vtc.values import flag, shown, whole
+from vtc.values import flag, one_of
 
 TOKENS = 576
 SCHEDULES: dict[str, dict[int, tuple[int, ...]]] = {
@@ -61,9 +62,9 @@ class SparseVLM(Scheduled, Method):
         recycle: step 3; ``None``: as the version does, ``v1`` with it.
     """
 
-    schedule: int = 192
-    version: Literal["v1", "v2"] = "v1"
-    recycle: bool | None = None
+    schedule: int = option(192, one_of, *SCHEDULES["v1"])
+    version: Literal["v1", "v2"] = option("v1", one_of, "v1", "v2")
+    recycle: bool | None = option(None, flag)
 
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[Paper] = Paper(
@@ -74,16 +75,6 @@ class SparseVLM(Scheduled, Method):
     )
     query_aware: ClassVar[bool] = True
     published: ClassVar[tuple[int, ...]] = (3, 7, 16)
-
-    def __post_init__(self) -> None:
-        if self.version not in ("v1", "v2"):
-            raise ValueError(f"version={shown(self.version)} is neither 'v1' nor 'v2'")
-        rule = "192, 128, 96 and 64 are published"
-        if whole("schedule", self.schedule, rule) not in SCHEDULES["v1"]:
-            raise ValueError(f"schedule={shown(self.schedule)}: {rule}")
-        if self.recycle is not None:
-            flag("recycle", self.recycle)
-        super().__post_init__()
 
     @property
     def merges(self) -> bool:  # type: ignore[override]

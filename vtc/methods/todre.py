@@ -12,11 +12,12 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.methods.base import Method, ModelFacts, Paper, Reduction, Stage, image_seed
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.places import Entry, Layer
 from vtc.signals import Cls, Received, Share, TowerSignal
 from vtc.tokens import Layout, VisualTokens
-from vtc.values import flag, share, shown, whole
+from vtc.values import flag, one_of, share, shown, whole
 
 _LOOKS: dict[str, TowerSignal] = {"cls": Cls(), "received": Received()}
 
@@ -70,32 +71,18 @@ class ToDRE(Method):
         tau: stage 2 drops below it, in (0, 1]. The paper tries 0.03 to 0.15.
     """
 
-    variant: Literal["max_sum", "k_center"] = "max_sum"
-    pivot: Literal["cls", "received", "random"] = "cls"
-    seed: int = 0
-    stage2: bool = False
-    layer: int | None = None
-    tau: float = 0.10
+    variant: Literal["max_sum", "k_center"] = option("max_sum", one_of, "max_sum", "k_center")
+    pivot: Literal["cls", "received", "random"] = option("cls", one_of, "cls", "received", "random")
+    seed: int = option(0, whole, "it may be any int")
+    stage2: bool = option(False, flag)
+    layer: int | None = option(None, whole, "it counts the layers that run before stage 2, at least 1", least=1)
+    tau: float = option(0.10, share, "it is a share of attention and must lie in (0, 1]", zero=False)
 
     name: ClassVar[str] = "todre"
     paper: ClassVar[Paper] = Paper(
         "ToDRE: effective visual token pruning via token diversity and task relevance", "arXiv", 2025, "2505.18757"
     )
     nested: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant not in ("max_sum", "k_center"):
-            raise ValueError(f"variant={shown(self.variant)} is neither 'max_sum' nor 'k_center'")
-        if self.pivot not in (*_LOOKS, "random"):
-            raise ValueError(f"pivot={shown(self.pivot)} is neither 'cls' nor 'received' nor 'random'")
-        flag("stage2", self.stage2)
-        object.__setattr__(self, "seed", whole("seed", self.seed, "it may be any int"))
-        if self.layer is not None:
-            rule = "it counts the layers that run before stage 2, at least 1"
-            object.__setattr__(self, "layer", whole("layer", self.layer, rule, least=1))
-        rule = "it is a share of attention and must lie in (0, 1]"
-        object.__setattr__(self, "tau", share("tau", self.tau, rule, zero=False))
 
     @property
     def query_aware(self) -> bool:  # type: ignore[override]

@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtc.methods.base import ModelFacts, Paper, Scorer, Stage
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.schedule import Scheduled
 from vtc.places import Layer
 from vtc.signals import Rows, Transitions
 from vtc.tokens import VisualTokens
-from vtc.values import share, shown, whole
+from vtc.values import one_of, share, shown, whole
 
 RATIOS = (0.875, 0.625, 0.125)
 
@@ -59,9 +60,9 @@ class TransPrune(Scheduled, Scorer):
     """
 
     ratios: tuple[float, ...] | None = RATIOS
-    since: int | None = None
-    variant: Literal["code", "paper"] = "code"
-    alpha: float = 0.5
+    since: int | None = option(None, whole, "it is a layer number, counted from 1")
+    variant: Literal["code", "paper"] = option("code", one_of, "code", "paper")
+    alpha: float = option(0.5, share, "it must lie in [0, 1]")
 
     name: ClassVar[str] = "transprune"
     paper: ClassVar[Paper] = Paper(
@@ -72,15 +73,10 @@ class TransPrune(Scheduled, Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.since is not None:
-            object.__setattr__(self, "since", whole("since", self.since, "it is a layer number, counted from 1"))
-            if self.layers is None or not 1 <= self.since <= self.layers[0]:
-                raise ValueError(
-                    f"since={shown(self.since)} must lie in [1, layers[0]], and layers={shown(self.layers)} be given"
-                )
-        if self.variant not in ("code", "paper"):
-            raise ValueError(f"variant={shown(self.variant)} is neither 'code' nor 'paper'")
-        object.__setattr__(self, "alpha", share("alpha", self.alpha, "it must lie in [0, 1]"))
+        if self.since is not None and (self.layers is None or not 1 <= self.since <= self.layers[0]):
+            raise ValueError(
+                f"since={shown(self.since)} must lie in [1, layers[0]], and layers={shown(self.layers)} be given"
+            )
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """After layers 7, 9 and 12 of 32, or what the options say."""

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vtc.budget import count
 from vtc.methods.base import Paper
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.video import Cut, Video, VideoMethod
 from vtc.ops.frames import highest_of_each, in_shares, matched_cosines
-from vtc.values import shown
+from vtc.values import one_of
 
 TEMPERATURE = 0.7
 EPS = 1e-6
@@ -45,7 +46,7 @@ class VCast(VideoMethod):
         leftover: "largest" or "one".
     """
 
-    leftover: Literal["largest", "one"] = "largest"
+    leftover: Literal["largest", "one"] = option("largest", one_of, "largest", "one")
 
     name: ClassVar[str] = "vcast"
     paper: ClassVar[Paper] = Paper(
@@ -54,11 +55,6 @@ class VCast(VideoMethod):
         2026,
         "2603.27650",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.leftover not in ("largest", "one"):
-            raise ValueError(f"leftover={shown(self.leftover)} is neither 'largest' nor 'one'")
 
     def total(self, frames: int, size: int) -> int:
         """At least a token a frame."""

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vtc.budget import count, share
 from vtc.methods.base import Paper, keeps_all
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.video import Cut, Video, VideoMethod
 from vtc.ops.frames import highest_of_each
-from vtc.values import shown
+from vtc.values import one_of
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 TEMPERATURE = 0.01
@@ -48,7 +49,7 @@ class VidCom2(VideoMethod):
         budgets: "exact" or "released"; the second waits for the device to count.
     """
 
-    budgets: Literal["exact", "released"] = "exact"
+    budgets: Literal["exact", "released"] = option("exact", one_of, "exact", "released")
 
     name: ClassVar[str] = "vidcom2"
     paper: ClassVar[Paper] = Paper(
@@ -58,11 +59,6 @@ class VidCom2(VideoMethod):
         "2505.14454",
     )
     compares: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budgets not in ("exact", "released"):
-            raise ValueError(f"budgets={shown(self.budgets)} is neither 'exact' nor 'released'")
 
     @property
     def by_content(self) -> bool:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vtc.budget import count
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage, keeps_all
+from vtc.methods.options import option
 from vtc.methods.saliency import Salient
 from vtc.places import Entry
 from vtc.tokens import Layout, VisualTokens
-from vtc.values import shown
+from vtc.values import one_of
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,10 @@ class VideoMethod(Method):
     one by one: they are few and long, and each is then the same alone and beside others, to the bit.
     """
 
-    newlines: Newlines = "keep"
+    newlines: Newlines = option("keep", one_of, "keep", rule="a newline belongs to no frame")
 
     compares: ClassVar[bool] = True
     """Whether it takes two frames to choose."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.newlines != "keep":
-            raise ValueError(f"newlines={shown(self.newlines)}: a newline belongs to no frame; leave 'keep'")
 
     @property
     def by_content(self) -> bool:

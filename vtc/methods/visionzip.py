@@ -8,13 +8,14 @@ from typing import ClassVar, Literal
 import torch
 
 from vtc.methods.base import Method, ModelFacts, Newlines, Paper, Reduction, Stage, first_of, highest
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Salient
 from vtc.ops import cosines, gathered, nearest
 from vtc.places import Entry, Projector
 from vtc.signals import ProjectorInput, TowerKeys
 from vtc.tokens import VisualTokens, column
-from vtc.values import shown, whole
+from vtc.values import one_of, whole
 
 
 @register_method
@@ -38,25 +39,15 @@ class VisionZip(Salient):
         place: ``projector`` (before it) or ``entry`` (behind it); ``None``: before it, where the model allows.
     """
 
-    newlines: Newlines = "keep"
-    contextual: int | None = None
-    place: Literal["projector", "entry"] | None = None
+    newlines: Newlines = option("keep", one_of, "keep", rule="a newline has no features to merge")
+    contextual: int | None = option(None, whole, "it counts the merged tokens of an image", least=0)
+    place: Literal["projector", "entry"] | None = option(None, one_of, None, "projector", "entry")
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[Paper] = Paper(
         "VisionZip: longer is better but not necessary in vision language models", "CVPR", 2025, "2412.04467"
     )
     merges: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.contextual is not None:
-            rule = "it counts the merged tokens of an image"
-            object.__setattr__(self, "contextual", whole("contextual", self.contextual, rule, least=0))
-        if self.place not in (None, "projector", "entry"):
-            raise ValueError(f"place={shown(self.place)} is none of None, 'projector', 'entry'")
-        if self.newlines != "keep":
-            raise ValueError(f"newlines={shown(self.newlines)}: a newline has no features to merge; leave 'keep'")
 
     def settle(self, facts: ModelFacts) -> Method:
         """Chooses saliency and place, if they were left open."""

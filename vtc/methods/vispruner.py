@@ -11,6 +11,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.budget import truncated
 from vtc.methods.base import ModelFacts, Paper, Reduction, Stage, first_of, highest, marked
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Salient
 from vtc.methods.scope import ENTRIES
@@ -48,8 +49,8 @@ class VisPruner(Salient):
         released: the order of the released code.
     """
 
-    important: float = 0.5
-    released: bool = False
+    important: float = option(0.5, share, "it must lie in [0, 1]")
+    released: bool = option(False, flag)
 
     name: ClassVar[str] = "vispruner"
     paper: ClassVar[Paper] = Paper(
@@ -58,11 +59,6 @@ class VisPruner(Salient):
         2025,
         "2412.01818",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "important", share("important", self.important, "it must lie in [0, 1]"))
-        flag("released", self.released)
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """At the entrance."""

@@ -12,13 +12,14 @@ from vtc.budget import count
 from vtc.methods.base import ModelFacts, Newlines, Paper, Reduction, Stage, first_of, highest
 from vtc.methods.folding import folded
 from vtc.methods.grids import windows
+from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Salient, highest_of_groups, tiered
 from vtc.places import Entry, Layer
 from vtc.signals import Rows
 from vtc.signals.base import tower_layer
 from vtc.tokens import Layout, VisualTokens, column
-from vtc.values import flag, share, shown, whole
+from vtc.values import flag, one_of, share, whole
 
 
 @register_method
@@ -53,12 +54,12 @@ class VScan(Salient):
         released: the count of the released code.
     """
 
-    newlines: Newlines = "keep"
-    window: int = 6
-    shallow: float = 5 / 24
-    stage2: bool = False
-    then: float = 1 / 3
-    released: bool = False
+    newlines: Newlines = option("keep", one_of, "keep", rule="a newline is in no window")
+    window: int = option(6, whole, "it is the side of a window", least=1)
+    shallow: float = option(5 / 24, tower_layer)
+    stage2: bool = option(False, flag)
+    then: float = option(1 / 3, share, "it must lie in (0, 1]", zero=False)
+    released: bool = option(False, flag)
 
     name: ClassVar[str] = "vscan"
     paper: ClassVar[Paper] = Paper(
@@ -68,15 +69,6 @@ class VScan(Salient):
         "2505.22654",
     )
     merges: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "window", whole("window", self.window, "it is the side of a window", least=1))
-        object.__setattr__(self, "shallow", tower_layer("shallow", self.shallow))
-        object.__setattr__(self, "then", share("then", self.then, "it must lie in (0, 1]", zero=False))
-        flag("stage2", self.stage2), flag("released", self.released)
-        if self.newlines != "keep":
-            raise ValueError(f"newlines={shown(self.newlines)}: a newline is in no window to keep; leave 'keep'")
 
     @property
     def query_aware(self) -> bool:  # type: ignore[override]
