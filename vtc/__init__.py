@@ -30,6 +30,7 @@ from vtc.methods.holitom import HoliTom
 from vtc.methods.holov import HoloV
 from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm, ReceivedAttention, SelectorWeights
+from vtc.methods.intower import InTower
 from vtc.methods.merge import Merge
 from vtc.methods.prumerge import PruMerge
 from vtc.methods.prumerge_plus import PruMergePlus
@@ -75,6 +76,7 @@ __all__ = [
     "HoliTom",
     "HoloV",
     "IDPruner",
+    "InTower",
     "Merge",
     "Method",
     "Patch",

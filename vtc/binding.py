@@ -18,7 +18,7 @@ from vtc.methods.registry import blind_methods
 from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts, UnsupportedModelError
 from vtc.places import Projector, Tower
-from vtc.signals import DecoderSignal
+from vtc.signals import DecoderSignal, TowerSignal
 from vtc.values import shown
 
 
@@ -58,9 +58,9 @@ def bind(adapter: Adapter, parts: Parts, method: Method, positions: str, calibra
     method.check(facts)
     chooser = Chooser(adapter, parts, method, facts)
     inside = chooser.inside
-    for step in (*chooser.steps, *inside):
+    for step in (*chooser.tower, *chooser.steps, *inside):
         _refuse_missing(adapter, parts, step)
-    if (reason := unfit_tower(adapter, parts, chooser.recorded)) is not None:
+    if (reason := unfit_tower(adapter, parts, chooser.overheard)) is not None:
         raise UnsupportedModelError(
             f"method {method.name!r} reads the vision tower, and {reason}. What works: {_remedy(method)}"
         )
@@ -138,9 +138,7 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
     """
     name, at = type(parts.root).__name__, step.stage.at
     if isinstance(at, Tower):
-        raise ValueError(
-            f"{step.method.name!r} acts inside the vision tower ({at}), which the engine does not serve yet"
-        )
+        _check_tower(adapter, parts, step, at)
     missing = [signal.key for signal in needs_of(step) if not adapter.gives(parts, signal)]
     if not missing:
         return
@@ -154,6 +152,38 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
         f"method {method.name!r} {what}, which this {name} cannot give (its vision tower is {parts.vision_tower}). "
         f"What would work: {_remedy(method)}"
     )
+
+
+def _check_tower(adapter: Adapter, parts: Parts, step: Step, at: Tower) -> None:
+    """Refuse a stage inside the vision tower that this model has no place for.
+
+    Raises:
+        ValueError: the message says what would work.
+    """
+    name, method = type(parts.root).__name__, step.method
+    tower, way = adapter.tower(parts.base, "image"), adapter.reduces(parts.base, "image")
+    if tower is None or way is None:
+        raise ValueError(
+            f"{method.name!r} lets patches leave inside the vision tower, and that of this {name} "
+            f"({parts.vision_tower}) is not built so that vtc could. What would work: {_remedy(method)}"
+        )
+    last = adapter.facts(parts).tower_depth - 1
+    if at.block > last:
+        raise ValueError(
+            f"{method.name!r} lets patches leave before block {at.block} of the vision tower, and what the language "
+            f"model sees has passed {last + 1} blocks by then: nothing would be saved. Blocks 0 to {last} work"
+        )
+    if way == "restore" and at.restore is False:
+        raise ValueError(
+            f"{method.name!r} would leave holes where this {name} makes one token of several patches; restore=True, or "
+            "None, brings them back behind the tower"
+        )
+    late = [s.key for s in step.stage.needs if not isinstance(s, TowerSignal) or not 0 <= s.index(tower) < at.block]
+    if late:
+        raise ValueError(
+            f"{method.name!r} needs {', '.join(map(repr, late))} before block {at.block} of the vision tower, where "
+            "only the blocks in front of it have run"
+        )
 
 
 def _remedy(method: Method) -> str:

@@ -183,6 +183,11 @@ def _without_calibration(config: CompressionConfig) -> None:
 
 def _before_the_model(adapter: Adapter, parts: Parts, method: Method) -> Chooser:
     chooser = Chooser(adapter, parts, method)
+    if chooser.tower:
+        raise NotImplementedError(
+            f"{method.name} lets patches leave inside the vision tower, which takes hooks; use vtc.patch(model, ...) "
+            "and model.generate()"
+        )
     if chooser.inside:
         raise NotImplementedError(
             f"{method.name} drops tokens inside the language model, which a shortened prompt cannot express; use "

@@ -56,8 +56,10 @@ def install(handle: Patch) -> None:
     calibrator = stage.calibrator
     for layer, hook in () if calibrator is None else calibrator.hooks():
         _hook(undo, layer, hook, before=True, each_step=True)
-    for recorder in recorders(adapter, parts, stage.chooser.recorded):
+    for recorder in recorders(adapter, parts, stage.chooser.overheard):
         _hook(undo, recorder.module, recorder, before=recorder.signal.reads == "input", each_step=True)
+    for module, hook, before in stage.tower.hooks():
+        _hook(undo, module, hook, before=before, each_step=True)
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:
             wrapped = listening(adapter, parts, modality, encode, stage.memory)

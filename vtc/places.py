@@ -37,13 +37,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Tower(Place):
-    """Inside the vision tower.
+    """Inside the vision tower: patches leave, and later blocks do not see them.
 
     Attributes:
         block: how many blocks run before; 0: before the tower.
+        restore: patches that left come back behind the tower, moved as their nearest neighbours among those that
+            stayed, so that every token is there again; ``None``: only where a token is made of several patches.
     """
 
     block: int
+    restore: bool | None = None
     rank: ClassVar[int] = 0
 
     @property

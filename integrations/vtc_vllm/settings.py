@@ -19,7 +19,7 @@ from vtc.methods import Method
 from vtc.methods.globalcom2 import GlobalCom2
 from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts
-from vtc.places import Layer
+from vtc.places import Layer, Tower
 from vtc.signals import Cls, ClsLogits, TowerSignal
 from vtc.tokens import Layout
 from vtc.values import shortened, shown
@@ -86,6 +86,11 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
         )
     method = bind(adapter, parts, config.build(), config.positions)
     steps = steps_of(method, adapter.facts(parts))
+    if any(isinstance(step.stage.at, Tower) for step in steps):
+        raise ValueError(
+            f"{method.name} lets patches leave inside the vision tower, and vLLM runs towers of its own. What would "
+            "work: a method that chooses behind it, such as divprune; or transformers with vtc.patch"
+        )
     if any(isinstance(step.stage.at, Layer) for step in steps):
         raise ValueError(
             f"{method.name} drops tokens between the layers of the language model, and vLLM has one length for all "

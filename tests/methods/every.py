@@ -37,7 +37,10 @@ SAMPLES: dict[str, vtc.Method] = {
     "allocate": vtc.Allocate(keep=0.4),
     "merge": vtc.Merge(vtc.DivPrune(keep=0.4)),
     "adaptive": vtc.Adaptive(vtc.DivPrune(keep=0.6), radius=0.7),
-    # inside it
+    # inside the vision tower
+    "intower": vtc.InTower(keep=0.5, after=1),
+    "intower_then": vtc.InTower(rule="diverse", keep=0.6, after=1, then=vtc.DivPrune(keep=0.3)),
+    # inside the language model
     "todre_both": vtc.ToDRE(keep=0.5, pivot="random", stage2=True, layer=2, tau=0.45),
     "transprune": vtc.TransPrune(**SCHEDULE),
     "pyramiddrop": vtc.PyramidDrop(**SCHEDULE),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from every import SAMPLES, SCHEDULE, missing, refusal
 from flash import flash_attention
+from masked_tower import BlindTower, Departures, overheard_departures
 from reference import blind
 from release import CACHE, OLD, RELEASE
 from torch import Tensor
@@ -34,7 +35,18 @@ ROUGH = (HYBRID, "ministral3")
 # Caches, backends and releases are the engine's: one method of each kind (before the model, inside it, merging, two of
 # them) is enough to see that. The others run on the newest release, with sdpa and flash attention.
 NEWEST = (5, 24)
-EVERYWHERE = ("divprune", "fastv", "transprune", "visionzip", "chain", "todre", "idpruner", "fastervlm", "globalcom2")
+EVERYWHERE = (
+    "intower",
+    "divprune",
+    "fastv",
+    "transprune",
+    "visionzip",
+    "chain",
+    "todre",
+    "idpruner",
+    "fastervlm",
+    "globalcom2",
+)
 PREFIX_LM = ("gemma3", "gemma3_window8", "gemma4", "gemma4_bidirectional", "paligemma")
 RUNS = {
     "sdpa": ("sdpa", {}),
@@ -52,6 +64,10 @@ WITH_CLS = (
     "internvl",
 )  # fmt: skip
 PROJECTOR = ("llava", "llava_adjacent", "vipllava", "llava_next")  # a patch becomes a token there
+REDUCES = (  # one sequence a picture in the tower
+    *WITH_CLS, "llava_onevision", "llava_onevision_video", "idefics3", "smolvlm", "gemma3", "gemma3_window8",
+    "paligemma",
+)  # fmt: skip
 THUMBNAIL = ("llava_next", "llava_next_video", "llava_next_video_image", "llava_onevision", "llava_onevision_video")
 SALIENT = ("fastervlm", "scope", "vispruner", "hiprune", "holov", "vscan", "visionzip", "fastvid", "holitom")
 
@@ -67,6 +83,7 @@ def refusing(family: str) -> set[str]:
             or (name == "todre" and family not in WITH_CLS)
             or (name.startswith("prumerge") and family not in PROJECTOR)
             or (method.name == "globalcom2" and family not in THUMBNAIL)
+            or (method.name == "intower" and family not in REDUCES)
         ):
             found.add(name)
     return found
@@ -174,14 +191,14 @@ def written(model: Any, writes: list[tuple[Place, list[tuple[Tensor, Tensor]]]])
 
 
 def reference(
-    family: str, name: str, stages: Stages, batch: Batch, writes: list[Write]
+    family: str, name: str, stages: Stages, batch: Batch, writes: list[Write], departures: Departures
 ) -> tuple[Stages, Tensor, Tensor]:
     """Of the first run of a family and method: later runs must have the same keep-sets, and get the same answer."""
     if (family, name) not in REFERENCES:
         model = get_model(family)
         model.set_attn_implementation("eager")
         depth = len(model.get_decoder().layers)
-        logits, tokens = [], []
+        logits, tokens, tower = [], [], BlindTower(model, departures)
         first = 0  # of the sample's images, among those of the batch
         for row, (sample, images) in enumerate(zip(batch.samples, batch.images, strict=True)):
             gone = []
@@ -197,7 +214,7 @@ def reference(
                 for at, rows in writes
             ]
             first += len(images)
-            with blind(model, gone), written(model, own):
+            with blind(model, gone), written(model, own), tower.sample():
                 out = model.generate(
                     **sample, **GREEDY, use_cache=False, output_logits=True, return_dict_in_generate=True
                 )
@@ -221,20 +238,24 @@ def test_what_is_kept_decides_what_is_said(family: str, name: str, run: str) -> 
     model.set_attn_implementation("sdpa" if backend == "flash" else backend)
     options = {**GREEDY, **arguments, "output_logits": True, "return_dict_in_generate": True}
 
-    def generate() -> tuple[Any, Stages, list[Write]]:
-        with vtc.patch(model, methods_for(family)[name]) as p, overheard(model) as writes:
+    def generate() -> tuple[Any, Stages, list[Write], Departures]:
+        with (
+            overheard_departures() as departures,  # before hooks are made
+            vtc.patch(model, methods_for(family)[name]) as p,
+            overheard(model) as writes,
+        ):
             out = model.generate(**batch, **options)
-            return out, plain(p.last_stages), writes
+            return out, plain(p.last_stages), writes, departures
 
     if backend == "flash":
         with flash_attention(model):
-            out, stages, writes = generate()
+            out, stages, writes, departures = generate()
     else:
-        out, stages, writes = generate()
+        out, stages, writes, departures = generate()
     if family == HYBRID:
         first, logits, tokens = hybrid(name, stages, out)
     else:
-        first, logits, tokens = reference(family, name, stages, batch, writes)
+        first, logits, tokens = reference(family, name, stages, batch, writes, departures)
     assert stages == first, "the keep-set depends on how the model runs"
     torch.testing.assert_close(torch.stack(out.logits, 1), logits, rtol=0, atol=5e-4 if family in ROUGH else 1e-4)
     assert torch.equal(out.sequences[:, -NEW_TOKENS:], tokens)

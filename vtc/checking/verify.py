@@ -29,6 +29,7 @@ from vtc.methods import Method
 from vtc.methods.stages import steps_of
 from vtc.models import Parts, resolve
 from vtc.patching import patch
+from vtc.places import Tower
 from vtc.profiling.workload import special_ids
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -112,6 +113,12 @@ def verify(
             f"{chosen.name!r} drops tokens between the layers of the language model, and what verify compares with is "
             "one shorter prompt for all of them. Methods that drop before the language model are verified, such as "
             "'divprune'; they go through the same hooks, masks and caches, so verify one of those on your model"
+        )
+    if any(isinstance(step.stage.at, Tower) for step in steps_of(chosen, adapter.facts(parts))):
+        raise ValueError(
+            f"{chosen.name!r} lets patches leave inside the vision tower, and what verify compares with are the "
+            "features of the whole tower. Methods that drop behind it are verified, such as 'divprune'; a prompt goes "
+            "through the same masks and caches with them"
         )
     if config.calibration is not None:
         raise ValueError(

@@ -99,13 +99,14 @@ def _table(result: Estimate) -> Table:
         cells = [c for cost, time in zip(costs, seconds, strict=True) for c in (_flops(cost.flops), _time(time))]
         table.add_row(label, *cells, f"{ratio:.2f}x", **more)
 
-    for label, part in (("vision tower", result.vision), ("projector", result.projector)):
-        if part.flops:
-            work(label, [part] * 2, [result.seconds(part)] * 2, 1.0)
+    tower, projector = (result.vision, result.vision_pruned), (result.projector, result.projector_pruned)
+    for label, parts in (("vision tower", tower), ("projector", projector)):
+        if parts[0].flops:
+            work(label, [*parts], [*map(result.seconds, parts)], parts[0].flops / parts[1].flops)
     prefill = [side.prefill for side in sides]
     work("prefill", prefill, [result.seconds(cost) for cost in prefill], result.llm_ratio)
     seconds = [result.ttft_seconds, result.ttft_seconds_pruned]
-    total = [result.before + cost for cost in prefill]
+    total = [before + cost for before, cost in zip((result.before, result.before_pruned), prefill, strict=True)]
     work("first token", total, seconds, result.ttft_ratio, style="bold", end_section=True)
     cells = [cell for side in sides for cell in (_size(side.decode.bytes), _time(result.seconds(side.decode)))]
     table.add_row("a decode step", *cells, f"{result.decode_ratio:.2f}x")

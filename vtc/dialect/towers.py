@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtc.dialect.arguments import ENDS, MASK, ROTARY, Spelling
+from vtc.dialect.arguments import ENDS, MASK, ROTARY, Role, Spelling
 from vtc.dialect.compilers import uncompiled
 
 
@@ -25,26 +25,28 @@ class Tower:
         special: tokens in front of the patches (1 with a CLS token, 0 without).
         packed: the patches of all pictures stand in one row, which attention then cuts.
         projector: where a patch becomes a token of the language model, if one does by itself.
+        module: what is called with pixels.
     """
 
     layers: tuple[nn.Module, ...]
     special: int
     packed: bool = False
     projector: nn.Module | None = None
+    module: nn.Module | None = None
 
     @classmethod
     def of(cls, tower: nn.Module | None, projector: nn.Module | None = None) -> Tower | None:
         """A tower as CLIP, SigLIP, InternViT, Pixtral and the Qwen-VL line build it, ``None`` of what has no such
         layers.
         """
-        tower = getattr(tower, "vision_model", tower)
+        called, tower = tower, getattr(tower, "vision_model", tower)
         embeddings, encoder = getattr(tower, "embeddings", None), getattr(tower, "encoder", None)
         layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
         if embeddings is not None and layers:
             has_cls = (getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token"))
-            return cls(tuple(map(uncompiled, layers)), int(any(has_cls)), projector=projector)
+            return cls(tuple(map(uncompiled, layers)), int(any(has_cls)), projector=projector, module=called)
         rows = getattr(tower, "blocks", None) or getattr(getattr(tower, "transformer", None), "layers", None)
-        return cls(tuple(map(uncompiled, rows)), 0, packed=True) if rows else None
+        return cls(tuple(map(uncompiled, rows)), 0, packed=True, module=called) if rows else None
 
     def attention(self, layer: int) -> nn.Module | None:
         """The attention of a layer, where it has projections of its own for queries and keys, or one for both."""
@@ -102,6 +104,56 @@ class Heard:
             starts.setdefault(end - start, []).append(start)
         found = [torch.tensor(of_length)[:, None] + torch.arange(n) for n, of_length in starts.items() if n]
         return [columns.to(self.ends.device, non_blocking=True) for columns in found]
+
+
+def given_to(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
+    """The arguments of one call of a module, to be changed where they stand."""
+    return Given(spelling(module), args, kwargs)
+
+
+class Given:
+    """Arguments, read and written by role; what came by position goes on by position."""
+
+    def __init__(self, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._names = [name for name in spelling.parameters if name != "self"]
+        self._named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
+        self._count = len(args)
+
+    def __getitem__(self, role: Role) -> Any:
+        return role.read(self._named)
+
+    def __setitem__(self, role: Role, value: Any) -> None:
+        name = next((name for name in role.names if name in self._named), role.names[0])
+        self._named[name] = value
+
+    @property
+    def positional(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keywords, as a hook returns them."""
+        front = self._names[: self._count]
+        return tuple(self._named[name] for name in front), {k: v for k, v in self._named.items() if k not in front}
+
+
+def blocks_read(base: Any, tower: Tower) -> int:
+    """How many blocks run before the last state that the language model gets to see."""
+    depth = len(tower.layers)
+    config = base.config
+    found = next((x for n in FEATURE_LAYERS if (x := getattr(config, n, None)) is not None), depth)
+    layers = [found] if isinstance(found, int) else found
+    return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+
+
+FEATURE_LAYERS = ("vision_feature_layers", "vision_feature_layer")
+HIDDEN_STATES = ("hidden_states", "last_hidden_state")
+
+
+def rewrite_states(output: Any, rewrite: Callable[[Tensor], Tensor]) -> None:
+    """Replace every hidden state [pictures, rows, width] in what a tower returned."""
+    for name in HIDDEN_STATES:
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor):
+            setattr(output, name, rewrite(found))
+        elif found is not None:
+            setattr(output, name, tuple(x if x is None else rewrite(x) for x in found))
 
 
 def beside(module: nn.Module, *names: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,8 +15,8 @@ from vtc.engine.plan import Merged, Plan, check_no_gradient, columns_of
 from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import Kept, Step, steps_of
 from vtc.models import Adapter, Parts
-from vtc.places import Projector
-from vtc.signals import ProjectorInput, PromptSignal, Signal, TowerSignal
+from vtc.places import Projector, Tower
+from vtc.signals import LEFT, ProjectorInput, PromptSignal, Signal, TowerSignal
 from vtc.tokens import VisualTokens
 
 PROJECTOR_INPUT = ProjectorInput()
@@ -27,10 +28,12 @@ class Chooser:
     def __init__(self, adapter: Adapter, parts: Parts, method: Method, facts: ModelFacts | None = None) -> None:
         self.adapter, self.parts, self.method = adapter, parts, method
         every = steps_of(method, facts or adapter.facts(parts))
-        self.steps = tuple(step for step in every if step.stage.at.before_the_model)
-        """Before the language model, in order."""
-        self.inside = every[len(self.steps) :]
-        """Between its layers."""
+        self.tower = tuple(step for step in every if isinstance(step.stage.at, Tower))
+        """Inside the vision tower, in order."""
+        self.steps = tuple(s for s in every[len(self.tower) :] if s.stage.at.before_the_model)
+        """Between it and the language model."""
+        self.inside = every[len(self.tower) + len(self.steps) :]
+        """Between the layers of that."""
 
     @property
     def goes_on(self) -> bool:
@@ -39,8 +42,13 @@ class Chooser:
 
     @property
     def recorded(self) -> tuple[TowerSignal, ...]:
-        """What the vision tower is asked for."""
-        return tuple(dict.fromkeys(s for step in self.steps for s in needs_of(step) if isinstance(s, TowerSignal)))
+        """What the vision tower is asked for, to be known behind it."""
+        return _of_tower(self.steps)
+
+    @property
+    def overheard(self) -> tuple[TowerSignal, ...]:
+        """What it is asked for at all."""
+        return _of_tower((*self.tower, *self.steps))
 
     def signals(self, step: Step, running: Call, images: list[Located], embeds: Tensor) -> dict[str, Tensor]:
         """What a step asked for, by key: of the tower as it was recorded, of the prompt as it stands."""
@@ -52,6 +60,17 @@ class Chooser:
             elif isinstance(signal, PromptSignal):
                 found |= signal.read(embeds, _text(running, embeds), [image.row for image in images])
         return found
+
+    def arrived(self, tokens: VisualTokens, running: Call, images: list[Located]) -> VisualTokens:
+        """Without those that left inside the tower. A host sync where an image is several pictures."""
+        left = nn.utils.rnn.pad_sequence([self._recorded(LEFT, running, image) for image in images], batch_first=True)
+        alive = tokens.mask & (left < 0.5)
+        known = [running.encoded[image.modality].left for image in images]
+        if any(counts is None for counts in known):
+            return replace(tokens, alive=alive, alive_counts=tuple(alive.sum(1).tolist()))
+        gone = [sum(left[s] for s in image.sources) for left, image in zip(known, images, strict=True) if left]
+        counts = tuple(n - k for n, k in zip(tokens.lengths, gone, strict=True))
+        return replace(tokens, alive=alive, alive_counts=counts)
 
     def _recorded(self, signal: TowerSignal, running: Call, image: Located) -> Tensor:
         values = running.encoded[image.modality].signals.get(signal)
@@ -87,6 +106,10 @@ class Chooser:
         weight = next(projector.parameters())
         projected = projector(rows.to(weight.dtype)).to(like.dtype)
         return torch.zeros_like(like).scatter(1, index[..., None].expand_as(projected), projected)
+
+
+def _of_tower(steps: Sequence[Step]) -> tuple[TowerSignal, ...]:
+    return tuple(dict.fromkeys(s for step in steps for s in needs_of(step) if isinstance(s, TowerSignal)))
 
 
 def needs_of(step: Step) -> tuple[Signal, ...]:
@@ -148,7 +171,9 @@ def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor,
     )
     merged, order = None, None
     chosen: tuple[int, ...] = ()
-    entered: dict[int, tuple[int, ...]] = {}
+    entered = {id(step.method): tokens.counts for step in chooser.tower}
+    if chooser.tower:
+        tokens = chooser.arrived(tokens, running, images)
     for step in chooser.steps:
         signals = chooser.signals(step, running, images, embeds)
         values = signals.pop(PROJECTOR_INPUT.key) if step.stage.at == Projector() else tokens.features

@@ -105,11 +105,22 @@ class Prepared:
 
 
 class Recording(dict[TowerSignal, list[Tensor]]):
-    """What was recorded while an encoder ran: by signal, [pictures, patches, ...] for each call of the tower."""
+    """What was recorded while an encoder ran: by signal, [pictures, patches, ...] for each call of the tower.
 
-    def __init__(self, owner: Any) -> None:
+    Attributes:
+        owner: whose.
+        modality: what is encoded, ``image`` or ``video``.
+        passage: the run of the tower that is under way, if patches have left in it.
+        passed: those that are over.
+        left: patches that left of each picture and are not restored (host integers).
+    """
+
+    def __init__(self, owner: Any, modality: str) -> None:
         super().__init__()
-        self.owner = owner
+        self.owner, self.modality = owner, modality
+        self.passage: Any = None
+        self.passed: list[Any] = []
+        self.left: list[int] = []
 
 
 class Current:
@@ -165,6 +176,12 @@ def running_call(owner: Any) -> Call | None:
     now = _CURRENT.get()
     running = now.call
     return None if running is None or running.owner is not owner or now.bypassed else running
+
+
+def recording_of(owner: Any) -> Recording | None:
+    """Where recorders of ``owner`` put what they make, or ``None`` when it did not ask."""
+    found = current().recording
+    return found if found is not None and found.owner is owner else None
 
 
 def is_running(module: nn.Module) -> bool:

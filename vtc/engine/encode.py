@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from vtc.dialect.compilers import never_alone
 from vtc.dialect.modules import features_in
 from vtc.engine.compiled import between_graphs
-from vtc.engine.context import Recording, current, during, running_call
+from vtc.engine.context import Recording, current, during, recording_of, running_call
 from vtc.engine.locate import Encoded
-from vtc.engine.recorders import recording_of
 from vtc.models import Adapter, Parts
 
 _ATTACHED = "_vtc_encoded"
@@ -74,7 +73,7 @@ def listening(
         nested = recording_of(parts) is not None  # some families encode videos by way of their image encoder
         if current().bypassed or nested:
             return None
-        recorded = Recording(parts)
+        recorded = Recording(parts, modality)
         block = during(recording=recorded)
         block.__enter__()
         return block, recorded
@@ -96,7 +95,8 @@ def listening(
             signal: adapter.per_token(base, modality, torch.cat(pictures), layouts, arguments)
             for signal, pictures in recorded.items()
         }
-        encoded = Encoded(tuple(layouts), signals, adapter.merge)
+        left = tuple(recorded.left) if len(recorded.left) == len(layouts) else None
+        encoded = Encoded(tuple(layouts), signals, adapter.merge, left=left)
         setattr(output, _ATTACHED, encoded)
         if memory is not None:
             memory.keep(modality, output, encoded)

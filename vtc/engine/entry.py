@@ -37,6 +37,7 @@ from vtc.engine.inside import LayerState
 from vtc.engine.layers import LayerStages
 from vtc.engine.lengths import SlotMap, adopt, slot_map
 from vtc.engine.plan import Plan, Prefill
+from vtc.engine.tower import TowerStages
 from vtc.methods import Method
 from vtc.models import Adapter, Parts
 from vtc.tokens import column
@@ -52,6 +53,7 @@ class EntryStage:
         self.last: Prefill | None = None
         self._said: set[str] = set()
         self.chooser = Chooser(adapter, parts, method)
+        self.tower = TowerStages(adapter, parts, self.chooser.tower, self.chooser.recorded)
         self.layers = LayerStages(parts, self.chooser.inside)
         self.calibrator = None if calibration is None else Calibrator(parts, self.chooser, calibration)
         self.memory = Memory()

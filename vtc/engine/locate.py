@@ -25,12 +25,14 @@ class Encoded:
         signals: what the vision tower was asked for, one float tensor [n] or [n, c] per entry.
         known: the layouts were told by what the encoder was called with, not only by the number of features.
         merge: how entries that follow each other without text between make one image, ``None`` if each is one.
+        left: tokens of each entry that left inside the tower (host integers), ``None`` if that is not known.
     """
 
     layouts: tuple[Layout, ...]
     signals: Mapping[TowerSignal, Sequence[Tensor]] = field(default_factory=dict)
     merge: Callable[[Sequence[Layout]], Layout] | None = None
     known: bool = True
+    left: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

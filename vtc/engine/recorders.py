@@ -13,16 +13,10 @@ from torch import nn
 
 from vtc.dialect import attention
 from vtc.dialect.towers import Heard, Tower
-from vtc.engine.context import Recording, current
+from vtc.engine.context import recording_of
 from vtc.models import Adapter, Parts
 from vtc.models.base import MODALITIES
 from vtc.signals import TowerSignal
-
-
-def recording_of(owner: Any) -> Recording | None:
-    """Where recorders of ``owner`` put what they make, or ``None`` when it did not ask."""
-    found = current().recording
-    return found if found is not None and found.owner is owner else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +45,10 @@ class Recorder:
             hidden = output[0] if isinstance(output, tuple) else output
         hidden = hidden.detach()[None] if hidden.dim() == 2 else hidden.detach()
         heard = Heard.of(self.module, args, kwargs)
-        found.setdefault(self.signal, []).append(self.signal.read(self.tower, self.module, hidden, heard))
+        values = self.signal.read(self.tower, self.module, hidden, heard)
+        if found.passage is not None:  # patches have left
+            values = found.passage.spread(values)
+        found.setdefault(self.signal, []).append(values)
 
 
 def recorders(

@@ -104,6 +104,8 @@ class ModelFacts:
         depth: decoder layers of the language model.
         signals: kinds of signals of the vision tower that this model can give (see :mod:`vtc.signals`).
         has_thumbnail: its large images are a thumbnail and crops whose places in the image are known.
+        tower_depth: blocks of the vision tower that the language model gets to see; 0: patches cannot leave in it.
+        restores: a token is made of several patches: those that leave inside the tower come back behind it.
     """
 
     model_type: str
@@ -111,9 +113,11 @@ class ModelFacts:
     depth: int
     signals: frozenset[str] = frozenset()
     has_thumbnail: bool = False
+    tower_depth: int = 0
+    restores: bool = False
 
 
-ANY_MODEL = ModelFacts(model_type="any", width=1, depth=1 << 16)
+ANY_MODEL = ModelFacts(model_type="any", width=1, depth=1 << 16, tower_depth=1 << 16)
 """For questions about a method whose answer is the same on every model."""
 
 

@@ -11,14 +11,14 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from vtc.dialect import attention, heads, modules
 from vtc.dialect.heads import Head
 from vtc.dialect.modules import Spellings
-from vtc.dialect.towers import Tower
+from vtc.dialect.towers import Tower, blocks_read
 from vtc.errors import UnsupportedModelError
 from vtc.feed import Feed, Picture
 from vtc.methods.base import ModelFacts
@@ -162,7 +162,13 @@ class Adapter:
             depth=len(parts.layers),
             signals=frozenset(signal.kind for signal in TOWER_SIGNALS if self.gives(parts, signal())),
             has_thumbnail=self.has_thumbnail,
+            tower_depth=self._tower_depth(parts.base),
+            restores=self.reduces(parts.base, "image") == "restore",
         )
+
+    def _tower_depth(self, base: Any) -> int:
+        tower = self.tower(base, "image")
+        return 0 if tower is None or self.reduces(base, "image") is None else blocks_read(base, tower)
 
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
         """What the family makes of a picture or video, as counts: for estimates, which see no pixels.
@@ -180,6 +186,12 @@ class Adapter:
 
     def tower(self, base: Any, modality: str) -> Tower | None:
         """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""
+        return None
+
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        """How patches may leave inside the vision tower: ``drop`` where each is a token by itself, ``restore`` where a
+        token is made of several; ``None``: not at all.
+        """
         return None
 
     def per_token(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class Tiles(Adapter):
     def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_model)
 
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        return "restore"  # pixel shuffle
+
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
@@ -98,6 +101,9 @@ class PrefixLM(Adapter):
     def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower)
 
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        return "restore" if base.config.model_type == "gemma3" else "drop"  # Gemma3 pools
+
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
@@ -119,6 +125,7 @@ class Gemma4(PrefixLM):
     """Pictures of any shape: a square number of tokens is no square."""
 
     families = {"gemma4": ("image",)}
+    reduces = Adapter.reduces
     tower = Adapter.tower  # it turns places in two dimensions, and pads: not matched yet
 
     def layouts(self, base: Any, modality: str, lengths: list[int], arguments: Mapping[str, Any]) -> list[Layout]:

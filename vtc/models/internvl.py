@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -35,6 +35,9 @@ class InternVL(Adapter):
 
     def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower)
+
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        return "restore"  # pixel shuffle
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class Llava(Adapter):
 
     def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower, projector=base.multi_modal_projector)
+
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        tower = self.tower(base, modality)
+        return None if tower is None or tower.packed else "drop"
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
@@ -135,6 +139,9 @@ class _AnyRes(Adapter):
 
     def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower)
+
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        return "drop" if modality == "image" else "restore"  # frames are pooled
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
@@ -246,6 +253,9 @@ class LlavaOnevision(_AnyRes):
     has_cls = False
     video_newline = True
 
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        return "restore"  # many crops are scaled down
+
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
@@ -281,6 +291,9 @@ class VideoLlava(Adapter):
 
     def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.video_tower if modality == "video" else base.image_tower)
+
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+        return "drop"
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]

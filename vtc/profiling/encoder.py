@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,23 +68,32 @@ class Encoder:
         dense = sum(matrices_of(module, config).dense for module in others)
         return cls(sum(embedding.values()), blocks, merger, pooler, Matrices(dense))
 
-    def vision(self, feed: Feed, batch: int = 1) -> Cost:
-        """The tower's part, for ``batch`` such images."""
+    def vision(self, feed: Feed, batch: int = 1, sequences: Sequence[tuple[int, ...]] | None = None) -> Cost:
+        """The tower's part, for ``batch`` such images.
+
+        Args:
+            feed: of the image.
+            batch: how many.
+            sequences: rows that see each other in each block, where patches leave in between, as far as they are read
+                (those behind run on the same); default: the feed's.
+        """
         rows = sum(feed.sequences)
         flops = 2.0 * (self.embedding * feed.patches + self.merger.met * feed.projected)
-        pairs = sum(n * n for n in feed.sequences)
+        weights: float = self.embedding + self.merger.dense
         windowed = sum(count * n * n for n, count in feed.windows)
-        for matrices, width, narrow in self.blocks:
-            flops += 2 * matrices.met * rows + 4 * (windowed if narrow else pairs) * width
-        weights = self.embedding + self.merger.dense + sum(matrices.read(rows * batch) for matrices, *_ in self.blocks)
+        for at, (matrices, width, narrow) in enumerate(self.blocks):
+            there = feed.sequences if sequences is None else sequences[min(at, len(sequences) - 1)]
+            pairs = windowed if narrow else sum(n * n for n in there)
+            flops += 2 * matrices.met * sum(there) + 4 * pairs * width
+            weights += matrices.read(sum(there) * batch)
         for head in self.pooler:
             pooling, entries = _pooler_flops(head, rows, len(feed.sequences))
             flops, weights = flops + pooling, weights + entries
         return Cost(batch * flops, self.size * weights)
 
-    def projection(self, feed: Feed, batch: int = 1) -> Cost:
-        """The projector's part, for ``batch`` such images."""
-        return Cost(2.0 * batch * self.projector.met * feed.projected, self.size * self.projector.dense)
+    def projection(self, feed: Feed, batch: int = 1, left: int = 0) -> Cost:
+        """The projector's part, for ``batch`` such images, of each of which so many rows left before."""
+        return Cost(2.0 * batch * self.projector.met * (feed.projected - left), self.size * self.projector.dense)
 
 
 def _attends(stack: nn.ModuleList) -> bool:

@@ -26,7 +26,7 @@ from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts, resolve
 from vtc.models.base import square
-from vtc.places import Layer
+from vtc.places import Layer, Tower
 from vtc.profiling.configs import config_of, settings_beside
 from vtc.profiling.devices import Device, device_of
 from vtc.profiling.encoder import Encoder
@@ -115,7 +115,11 @@ def estimate(
     if tokens is not None:
         layouts = [Layout.plain(tokens, square(tokens))]
     visual = sum(layout.length for layout in layouts)
-    per_layer = tokens_per_layer(chosen, adapter.facts(parts), layouts)
+    facts = adapter.facts(parts)
+    tower = adapter.tower(parts.base, picture.modality)
+    blocks = rows_per_block(chosen, facts, feed, tower.special) if tower is not None and facts.tower_depth else None
+    left = 0 if blocks is None or facts.restores else sum(feed.sequences) - sum(blocks[-1])
+    per_layer = tokens_per_layer(chosen, facts, layouts)
     encoder, decoder = Encoder.of(parts, picture.modality), Decoder.of(parts.decoder, root)
     depth = len(decoder.layers)
     parameters = sum(parameter.numel() for parameter in root.parameters())
@@ -130,6 +134,8 @@ def estimate(
         batch=batch,
         vision=encoder.vision(feed, batch),
         projector=encoder.projection(feed, batch),
+        vision_pruned=encoder.vision(feed, batch, blocks),
+        projector_pruned=encoder.projection(feed, batch, left),
         full=PromptCost.of(decoder, [visual] * depth, text, batch),
         pruned=PromptCost.of(decoder, per_layer, text, batch),
         text_only=decoder.prefill([text] * depth, batch),
@@ -153,6 +159,9 @@ def tokens_per_layer(method: Method, facts: ModelFacts, layouts: Sequence[Layout
     entered: dict[int, tuple[int, ...]] = {}
     per_layer: list[int] = []
     for step in steps_of(method, facts):
+        if isinstance(step.stage.at, Tower) and (step.stage.at.restore or facts.restores):
+            entered[id(step.method)] = tokens.counts
+            continue
         if isinstance(step.stage.at, Layer):
             per_layer += [sum(tokens.counts)] * (step.stage.at.after - len(per_layer))
         at_entry = entered.setdefault(id(step.method), tokens.counts)
@@ -163,6 +172,26 @@ def tokens_per_layer(method: Method, facts: ModelFacts, layouts: Sequence[Layout
         ends = torch.tensor(counts)[:, None]
         tokens = replace(tokens, alive=torch.arange(longest) < ends, alive_counts=counts)
     return per_layer + [sum(tokens.counts)] * (facts.depth - len(per_layer))
+
+
+def rows_per_block(method: Method, facts: ModelFacts, feed: Feed, special: int) -> list[tuple[int, ...]]:
+    """Rows of each picture in each block of the vision tower that the language model gets to see.
+
+    Args:
+        method: settled for the model.
+        facts: of the model.
+        feed: of the image.
+        special: rows of a picture that are no patches.
+    """
+    now = given = tuple(n - special for n in feed.sequences)
+    layouts = [Layout.plain(n, square(n)) for n in given]
+    blocks: list[tuple[int, ...]] = []
+    for step in steps_of(method, facts):
+        if isinstance(step.stage.at, Tower):
+            blocks += [now] * (step.stage.at.block - len(blocks))
+            now = step.counts(layouts, given, now) or now
+    blocks += [now] * (facts.tower_depth - len(blocks))
+    return [tuple(n + special for n in rows) for rows in blocks]
 
 
 # ------------------------------------------------------------------------------------------------------------- building

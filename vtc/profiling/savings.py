@@ -53,6 +53,8 @@ class Savings:
         batch: prompts.
         vision: of the tower.
         projector: between tower and language model.
+        vision_pruned: of the tower, where patches leave inside it.
+        projector_pruned: the same behind it.
         full: the language model, unpruned.
         pruned: the same, pruned.
         text_only: prefill of the text alone: what is left of a prompt without visual tokens.
@@ -71,6 +73,8 @@ class Savings:
     batch: int
     vision: Cost
     projector: Cost
+    vision_pruned: Cost
+    projector_pruned: Cost
     full: PromptCost
     pruned: PromptCost
     text_only: Cost
@@ -98,9 +102,14 @@ class Savings:
         return self.vision + self.projector
 
     @property
+    def before_pruned(self) -> Cost:
+        """The same where patches leave inside the tower."""
+        return self.vision_pruned + self.projector_pruned
+
+    @property
     def ttft_ratio(self) -> float:
         """FLOPs to the first token, unpruned over pruned, vision tower and projector included: the ideal speed-up."""
-        return (self.before + self.full.prefill).flops / (self.before + self.pruned.prefill).flops
+        return (self.before + self.full.prefill).flops / (self.before_pruned + self.pruned.prefill).flops
 
     @property
     def llm_ratio(self) -> float:
@@ -120,12 +129,12 @@ class Savings:
     @property
     def ttft_seconds(self) -> float:
         """Floor of the time to the first token, unpruned."""
-        return self._ttft(self.full)
+        return self._ttft(self.vision, self.projector, self.full.prefill)
 
     @property
     def ttft_seconds_pruned(self) -> float:
         """The same, pruned."""
-        return self._ttft(self.pruned)
+        return self._ttft(self.vision_pruned, self.projector_pruned, self.pruned.prefill)
 
     @property
     def ttft_time_ratio(self) -> float:
@@ -156,8 +165,8 @@ class Savings:
         """The floor of a part's time."""
         return self.device.seconds(cost.flops, cost.bytes)
 
-    def _ttft(self, costs: PromptCost) -> float:
-        return sum(self.seconds(part) for part in (self.vision, self.projector, costs.prefill))
+    def _ttft(self, *parts: Cost) -> float:
+        return sum(map(self.seconds, parts))
 
     @property
     def schedule(self) -> list[tuple[int, int, int]]:

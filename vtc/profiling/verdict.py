@@ -9,6 +9,9 @@ from vtc.feed import Picture
 from vtc.methods import Method
 from vtc.profiling.savings import Savings
 
+LOW_CEILING = 2.0
+"""Below it, what behind the tower can win is not much."""
+
 
 def assumptions(
     method: Method, picture: Picture, per_layer: Sequence[int], of_picture: int, asked: int | None
@@ -43,6 +46,11 @@ def verdict(e: Savings) -> Iterator[str]:
         f"The vision tower is {e.vision_share:.0%} of the work before the first token, projector included: nothing "
         f"after it can beat {e.ceiling:.1f}x with {e.text_tokens} text tokens."
     )
+    if e.vision_pruned.flops < e.vision.flops:
+        saved = 1 - e.before_pruned.flops / e.before.flops
+        yield f"Patches that leave inside the tower save {saved:.0%} of that, so that this bound does not hold here."
+    elif e.ceiling < LOW_CEILING:
+        yield "Only patches that leave inside the tower can pass that, such as with vtc.InTower()."
     yield from _ridge(e)
     yield from _decoding(e)
     yield from _memory(e)

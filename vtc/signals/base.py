@@ -95,9 +95,15 @@ class TowerSignal(Signal):
         """The module of a tower that it reads; ``None`` where the tower cannot give it."""
         if tower is None or (self.needs_cls and not tower.special):
             return None
+        index = self.index(tower)
+        return replace(self, layer=index).module(tower) if 0 <= index < len(tower.layers) else None
+
+    def index(self, tower: Tower) -> int:
+        """Its layer, counted from 0; out of bounds where the tower has no such layer."""
         depth = len(tower.layers)
-        index = int(self.layer * depth + 1e-9) if isinstance(self.layer, float) else self.layer
-        return replace(self, layer=index).module(tower) if -depth <= index < depth else None
+        if isinstance(self.layer, float):
+            return int(self.layer * depth + 1e-9)
+        return self.layer if self.layer >= 0 else depth + self.layer
 
 
 def tower_layer(name: str, layer: float) -> float:

@@ -28,6 +28,24 @@ class TowerFeatures(TowerSignal):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Left(TowerSignal):
+    """1 for a patch that left inside the tower, else 0. The engine makes it (:mod:`vtc.engine.tower`)."""
+
+    kind: ClassVar[str] = "left"
+
+    def module(self, tower: Tower) -> nn.Module | None:
+        """None: it is not read from one."""
+        return None
+
+    def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
+        """Is not asked."""
+        raise NotImplementedError
+
+
+LEFT = Left()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectorInput(TowerSignal):
     """What enters the projector for a patch: [G, N, width]. The features at the place ``Projector()``."""
 

@@ -1,0 +1,206 @@
+"""What patches that leave inside a vision tower must amount to, by hand: the whole tower runs, blind to them.
+
+From their block on, the keys of patches that left are masked. What stands in their places where they come back is
+computed here with loops.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtc.engine.context import recording_of
+from vtc.engine.tower import Departure, TowerStages
+from vtc.models import resolve
+
+MODALITIES = ("image", "video")
+
+
+@dataclass
+class Departed:
+    """What left before one block of the tower, of all pictures of a batch.
+
+    dead: bool [P, N], True for every patch that is gone by then.
+    restores: they come back behind the tower.
+    """
+
+    block: int
+    dead: Tensor
+    restores: bool
+
+
+Departures = dict[str, list[Departed]]
+
+
+@contextmanager
+def overheard_departures() -> Iterator[Departures]:
+    """Collect, by modality, what patched models' towers lose."""
+    found: Departures = {}
+    at: list[Any] = []
+    before, of = TowerStages.before_block, Departure.of.__func__  # type: ignore[attr-defined]
+
+    def before_block(self: Any, tower: Any, index: int, *args: Any) -> Any:
+        at[:] = [self, index]
+        return before(self, tower, index, *args)
+
+    def departing(cls: Any, mask: Tensor, k: int, state: Tensor, restores: bool) -> Departure:
+        stages, index = found.setdefault(recording_of(at[0].parts).modality, []), at[1]
+        dead = ~mask
+        if stages and stages[-1].block < index:  # a later stage: its mask is over what was left
+            dead = stages[-1].dead.clone().masked_scatter(~stages[-1].dead, ~mask)
+        stages.append(Departed(index, dead, restores))
+        return of(cls, mask, k, state, restores)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TowerStages, "before_block", before_block)
+        patch.setattr(Departure, "of", classmethod(departing))
+        yield found
+
+
+class BlindTower:
+    """An unpatched model whose tower does not see what left. Samples are run one by one, in the order of the batch."""
+
+    def __init__(self, model: Any, departures: Departures) -> None:
+        self.model, self.departures = model, departures
+        self.adapter, self.parts = resolve(model)
+        self.first = dict.fromkeys(MODALITIES, 0)  # of the sample's pictures, among those of the batch
+        self.count = dict.fromkeys(MODALITIES, 0)
+        self.now: str | None = None
+        self.states: dict[int, Tensor] = {}
+        self.ending: tuple[Any, ...] = (None, None)
+        self.alive: Tensor | None = None
+
+    @contextmanager
+    def sample(self) -> Iterator[None]:
+        """The next one. Its images may be encoded several times."""
+        base, hooks = self.parts.base, []
+        with pytest.MonkeyPatch.context() as patch:
+            done: set[Any] = set()
+            for modality in MODALITIES if self.departures else ():
+                name = f"get_{modality}_features"
+                if (encode := getattr(base, name, None)) is not None:
+                    patch.setitem(base.__dict__, name, self._encoding(modality, encode))
+                tower = self.adapter.tower(base, modality)
+                if tower is not None and tower.module not in done:
+                    done.add(tower.module)
+                    hooks += self._hook(tower)
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        for modality in MODALITIES:
+            self.first[modality] += self.count[modality]
+        self.count = dict.fromkeys(MODALITIES, 0)
+
+    def _encoding(self, modality: str, encode: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(encode)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, self.now = self.now, self.now or modality  # one encoder may call another
+            try:
+                return encode(*args, **kwargs)
+            finally:
+                self.now = before
+
+        return call
+
+    def _hook(self, tower: Any) -> list[Any]:
+        hooks = [
+            layer.register_forward_pre_hook(functools.partial(self._masking, tower, index), with_kwargs=True)
+            for index, layer in enumerate(tower.layers)
+        ]
+        for index in range(len(tower.layers)):
+            attention = tower.attention(index)
+            hooks.append(attention.register_forward_pre_hook(self._few, with_kwargs=True))
+            hooks.append(attention.register_forward_hook(self._all))
+        hooks.append(tower.layers[-1].register_forward_hook(functools.partial(self._last, tower)))
+        hooks.append(tower.module.register_forward_hook(functools.partial(self._behind, tower)))
+        return hooks
+
+    def _gone(self, tower: Any, stage: Departed) -> Tensor:
+        """Bool [P, special + N] of this sample's pictures."""
+        assert self.now is not None
+        first = self.first[self.now]
+        dead = stage.dead[first : first + self.count[self.now]]
+        return torch.cat([torch.zeros(len(dead), tower.special, dtype=torch.bool), dead], 1)
+
+    def _masking(self, tower: Any, index: int, module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert self.now is not None
+        self.count[self.now] = len(hidden)
+        stages = [s for s in self.departures.get(self.now, []) if s.block <= index]
+        if not stages:
+            return None
+        if stages[-1].block == index:
+            self.states[index] = hidden
+        if "attention_mask" not in inspect.signature(module.forward).parameters:
+            self.alive = ~self._gone(tower, stages[-1])
+            return None
+        lowest = torch.finfo(hidden.dtype).min
+        mask = torch.zeros(len(hidden), 1, 1, hidden.shape[1])
+        mask = mask.masked_fill(self._gone(tower, stages[-1])[:, None, None], lowest)
+        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if given is not None:
+            mask = mask + (given if given.is_floating_point() else torch.where(given, 0.0, lowest))
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "hidden_states")}
+        return (hidden,), kwargs | {"attention_mask": mask.expand(-1, 1, hidden.shape[1], -1)}
+
+    def _few(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """A layer that takes no mask: its attention sees the rows that are there, all pictures having as many."""
+        if self.alive is None:
+            return None
+        few = args[0][self.alive].unflatten(0, (len(self.alive), -1))
+        return (few, *args[1:]), kwargs
+
+    def _all(self, module: Any, args: Any, output: Any) -> Any:
+        if self.alive is None:
+            return None
+        rows = output[0].new_zeros(*self.alive.shape, output[0].shape[-1])
+        rows[self.alive] = output[0].flatten(0, 1)
+        self.alive = None
+        return rows, *output[1:]
+
+    def _last(self, tower: Any, module: Any, args: Any, output: Any) -> Any:
+        self.ending = output, self._returned(tower, output, len(tower.layers))
+        return self.ending[1]
+
+    def _behind(self, tower: Any, module: Any, args: Any, output: Any) -> Any:
+        def returned(after: int, state: Tensor | None) -> Tensor | None:
+            if state is None or after == len(tower.layers):  # that one was heard before or behind `_last`
+                return self.ending[1] if state is self.ending[0] else state
+            return self._returned(tower, state, after)
+
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(returned(after, h) for after, h in enumerate(output.hidden_states))
+        return output
+
+    def _returned(self, tower: Any, state: Tensor, after: int) -> Tensor:
+        """What stands there behind the tower, of a state after so many blocks."""
+        assert self.now is not None
+        stages = [s for s in self.departures.get(self.now, []) if s.block < after]
+        for at in reversed(range(len(stages))):
+            if stages[at].restores:
+                was = self._gone(tower, stages[at - 1]) if at else None
+                state = self._restored(tower, state, stages[at], was)
+        return state
+
+    def _restored(self, tower: Any, state: Tensor, stage: Departed, was: Tensor | None) -> Tensor:
+        """Who left moves as the mean of the ten nearest of those that did not."""
+        dead, then, state = self._gone(tower, stage), self.states[stage.block].double(), state.clone()
+        for p in range(len(state)):
+            alive = [i for i in range(tower.special, dead.shape[1]) if not dead[p, i]]
+            for i in range(tower.special, dead.shape[1]):
+                if dead[p, i] and (was is None or not was[p, i]):
+                    far = {j: float((then[p, i] - then[p, j]).square().sum()) for j in alive}
+                    near = sorted(alive, key=lambda j: (far[j], j))[:10]
+                    moved = torch.stack([state[p, j] - then[p, j] for j in near]).mean(0)
+                    state[p, i] = then[p, i] + moved
+        return state
