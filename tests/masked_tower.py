@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from vtc.engine.context import recording_of
-from vtc.engine.tower import Departure, TowerStages
+from vtc.engine.passage import Departure
+from vtc.engine.tower import TowerStages
 from vtc.models import resolve
 
 MODALITIES = ("image", "video")

@@ -22,7 +22,8 @@ from zoo import GREEDY, NEW_TOKENS, get_model, make_batch
 
 import vtc
 from vtc.engine.choosing import Chooser
-from vtc.engine.tower import Departure, Passage, TowerStages
+from vtc.engine.passage import Departure, Passage
+from vtc.engine.tower import TowerStages
 from vtc.methods.base import ModelFacts, Reduction, Stage
 from vtc.places import Tower
 from vtc.signals import Cls, Received, Rows, Text, TowerFeatures
@@ -281,12 +282,15 @@ def test_gradient_checkpointing_is_refused() -> None:
 # ---------------------------------------------------------------------------------------------------- refused, and why
 
 
+FIRST = Stage(Tower(1))
+
+
 @vtc.register_method
 @dataclass(frozen=True, kw_only=True)
 class At(vtc.Method):
     """One stage, of any kind."""
 
-    stage: Any = Stage(Tower(1))
+    stage: Any = FIRST
 
     name: ClassVar[str] = "at_a_stage"
 

@@ -20,6 +20,7 @@ from vtc.engine.compaction import Columns, Compaction
 from vtc.engine.inside import LayerState
 from vtc.engine.keys import Keys
 from vtc.engine.locate import Encoded
+from vtc.engine.passage import Passage
 from vtc.signals import TowerSignal
 
 
@@ -118,8 +119,8 @@ class Recording(dict[TowerSignal, list[Tensor]]):
     def __init__(self, owner: Any, modality: str) -> None:
         super().__init__()
         self.owner, self.modality = owner, modality
-        self.passage: Any = None
-        self.passed: list[Any] = []
+        self.passage: Passage | None = None
+        self.passed: list[Passage] = []
         self.left: list[int] = []
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,115 +27,12 @@ from vtc.dialect import attention
 from vtc.dialect.arguments import HIDDEN, MASK
 from vtc.dialect.towers import Tower, given_to, rewrite_states
 from vtc.engine.context import Recording, recording_of
+from vtc.engine.passage import Departure, Passage, wide
 from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts
 from vtc.models.base import MODALITIES, square
-from vtc.ops.density import squared_distances
 from vtc.signals import LEFT, TowerSignal
 from vtc.tokens import Layout, VisualTokens
-
-NEIGHBOURS = 10
-"""Of a patch that left: those whose movement it follows where it is restored."""
-
-
-@dataclass(frozen=True)
-class Departure:
-    """What left at one stage, of M patches of every picture.
-
-    Attributes:
-        stays: LongTensor [P, K], the rows that stay, ascending.
-        leaves: LongTensor [P, M - K], the others.
-        state: float [P, M, width], what stood there then; ``None``: zeros come back.
-        near: LongTensor [P, M - K, J], to each that left its nearest among those that stay.
-    """
-
-    stays: Tensor
-    leaves: Tensor
-    state: Tensor | None = None
-    near: Tensor | None = None
-
-    @classmethod
-    def of(cls, mask: Tensor, k: int, state: Tensor, restores: bool) -> Departure:
-        """From bool [P, M], True at the ``k`` of every picture that stay, and states [P, M, width]."""
-        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-        stays, leaves = order[:, :k], order[:, k:]
-        if not restores:
-            return cls(stays, leaves)
-        apart = squared_distances(state).gather(1, _wide(leaves, mask.shape[1])).gather(2, _across(stays, leaves))
-        near = apart.sort(dim=-1, stable=True).indices[..., : min(NEIGHBOURS, k)]
-        return cls(stays, leaves, state, near)
-
-    def undone(self, rows: Tensor) -> Tensor:
-        """Rows [P, K, ...] of those that stayed at their places among M."""
-        width = rows.shape[2]
-        out = rows.new_zeros(len(rows), self.stays.shape[1] + self.leaves.shape[1], width)
-        out = out.scatter(1, _wide(self.stays, width), rows)
-        if self.state is None or self.near is None or width != self.state.shape[2]:
-            return out
-        moved = rows - self.state.gather(1, _wide(self.stays, width))
-        followed = moved.gather(1, _wide(self.near.flatten(1), width)).unflatten(1, self.near.shape[1:]).mean(2)
-        return out.scatter(1, _wide(self.leaves, width), self.state.gather(1, _wide(self.leaves, width)) + followed)
-
-
-@dataclass
-class Passage:
-    """One run of a tower.
-
-    Attributes:
-        special: rows in front of the patches, which never leave.
-        patches: of each picture, N.
-        restores: what leaves comes back.
-        departures: in order.
-        there: LongTensor [P, M], the patches that are there, ascending; ``None``: all.
-        size: float [P, N], how many patches each stands for; ``None``: one each.
-        entered: how many there were before a method's first stage, by the identity of the method.
-        front: while they are projected without those that left: rows in front of the patches; else ``None``.
-    """
-
-    special: int
-    patches: int
-    restores: bool
-    departures: list[Departure] = field(default_factory=list)
-    there: Tensor | None = None
-    size: Tensor | None = None
-    entered: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    front: int | None = None
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Something of the patches that are there [P, M, ...], at their places [P, N, ...]; 0 elsewhere."""
-        if self.there is None or rows.shape[1] == self.patches:
-            return rows
-        out = rows.new_zeros(len(rows), self.patches, *rows.shape[2:])
-        index = self.there.view(*self.there.shape, *(1,) * (rows.dim() - 2)).expand_as(rows)
-        return out.scatter(1, index, rows)
-
-    def whole(self, state: Tensor) -> Tensor:
-        """A state [P, special + M, width] with all places [P, special + N, width]; one of no stage is left alone."""
-        rows = state.shape[1] - self.special
-        left = [d.stays.shape[1] for d in self.departures]
-        if rows == self.patches or rows not in left:
-            return state
-        patches = state[:, self.special :]
-        for departure in reversed(self.departures[: left.index(rows) + 1]):
-            patches = departure.undone(patches)
-        return torch.cat([state[:, : self.special], patches], 1)
-
-    def columns(self, special: int) -> Tensor:
-        """LongTensor [P, special + M]: the rows that are there, of ``special`` and all N patches."""
-        assert self.there is not None
-        front = torch.arange(special, device=self.there.device).expand(len(self.there), -1)
-        return torch.cat([front, self.there + special], 1)
-
-    def seen(self, mask: Tensor) -> Tensor:
-        """A mask of the whole tower, [P or 1, T] or [P or 1, 1, T or 1, T], for the rows that are there."""
-        columns = self.columns(self.special)
-        if mask.dim() == 2:
-            return mask.expand(len(columns), -1).gather(1, columns)
-        mask = mask.expand(len(columns), -1, -1, -1)
-        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        if mask.shape[2] > 1:
-            mask = mask.gather(2, columns[:, None, :, None].expand(-1, mask.shape[1], -1, columns.shape[1]))
-        return mask
 
 
 class TowerStages:
@@ -221,7 +118,7 @@ class TowerStages:
             new, where = kept.features, kept.written
             assert where is not None
             full = torch.where(where[..., None], new.to(state.dtype), passage.spread(state))
-            state = full if passage.there is None else full.gather(1, _wide(passage.there, full.shape[2]))
+            state = full if passage.there is None else full.gather(1, wide(passage.there, full.shape[2]))
             if kept.size is not None:
                 before = torch.ones_like(kept.size) if passage.size is None else passage.size
                 passage.size = torch.where(where, kept.size, before)
@@ -230,7 +127,7 @@ class TowerStages:
         departure = Departure.of(mask, k, state.detach(), passage.restores)
         passage.departures.append(departure)
         passage.there = departure.stays if passage.there is None else passage.there.gather(1, departure.stays)
-        state = state.gather(1, _wide(departure.stays, state.shape[2]))
+        state = state.gather(1, wide(departure.stays, state.shape[2]))
         return torch.cat([hidden[:, : tower.special], state], 1)
 
     def _restores(self, step: Step, modality: str) -> bool:
@@ -296,7 +193,7 @@ class TowerStages:
         if passage is None:
             return None
         passage.front = args[0].shape[1] - passage.patches
-        return (args[0].gather(1, _wide(passage.columns(passage.front), args[0].shape[2])), *args[1:]), kwargs
+        return (args[0].gather(1, wide(passage.columns(passage.front), args[0].shape[2])), *args[1:]), kwargs
 
     def after_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """They come back behind it."""
@@ -306,7 +203,7 @@ class TowerStages:
             return None
         passage.front = None
         out = output.new_zeros(len(output), front + passage.patches, output.shape[2])
-        return out.scatter(1, _wide(passage.columns(front), output.shape[2]), output)
+        return out.scatter(1, wide(passage.columns(front), output.shape[2]), output)
 
     def _dropped(self, args: tuple[Any, ...]) -> Passage | None:
         """The passage whose pictures enter the projector, each with all of its places."""
@@ -318,13 +215,3 @@ class TowerStages:
         fits = given.dim() == 3 and len(given) == len(passage.there)
         fits = fits and given.shape[1] - passage.patches in (0, passage.special)
         return None if passage.restores or not fits else passage
-
-
-def _wide(index: Tensor, width: int) -> Tensor:
-    """LongTensor [P, K] for gathering rows [P, K, width]."""
-    return index[..., None].expand(-1, -1, width)
-
-
-def _across(stays: Tensor, leaves: Tensor) -> Tensor:
-    """LongTensor [P, K] for gathering columns [P, M - K, K]."""
-    return stays[:, None].expand(-1, leaves.shape[1], -1)
