@@ -27,6 +27,7 @@ from vtc.engine.encode import listening
 from vtc.engine.generation import never_compiled, no_continuous_batching, prefilling, preparing, pruning_labels
 from vtc.engine.opening import Opening
 from vtc.engine.recorders import recorders
+from vtc.engine.unread import unread_hooks
 from vtc.handle import HANDLE, Patch
 from vtc.models.base import MODALITIES
 
@@ -56,9 +57,10 @@ def install(handle: Patch) -> None:
     calibrator = stage.calibrator
     for layer, hook in () if calibrator is None else calibrator.hooks():
         _hook(undo, layer, hook, before=True, each_step=True)
-    for recorder in recorders(adapter, parts, stage.chooser.overheard):
+    heard = recorders(adapter, parts, stage.chooser.overheard)
+    for recorder in heard:
         _hook(undo, recorder.module, recorder, before=recorder.signal.reads == "input", each_step=True)
-    for module, hook, before in stage.tower.hooks():
+    for module, hook, before in (*stage.tower.hooks(), *unread_hooks(adapter, parts, heard)):
         _hook(undo, module, hook, before=before, each_step=True)
     for modality in MODALITIES:
         if (encode := encoder_of(parts.base, modality)) is not None:

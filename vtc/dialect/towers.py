@@ -133,13 +133,36 @@ class Given:
         return tuple(self._named[name] for name in front), {k: v for k, v in self._named.items() if k not in front}
 
 
-def blocks_read(base: Any, tower: Tower) -> int:
-    """How many blocks run before the last state that the language model gets to see."""
+def blocks_read(base: Any, tower: Tower, given: Mapping[str, Any] | None = None) -> int:
+    """How many blocks run before the last state that the language model gets to see.
+
+    Args:
+        base: the base model.
+        tower: its tower.
+        given: what the encoder is called with, which goes before the config.
+    """
     depth = len(tower.layers)
-    config = base.config
-    found = next((x for n in FEATURE_LAYERS if (x := getattr(config, n, None)) is not None), depth)
+    told = [x for n in FEATURE_LAYERS if (x := (given or {}).get(n)) is not None]
+    told += [x for n in FEATURE_LAYERS if (x := getattr(base.config, n, None)) is not None]
+    found = told[0] if told else depth
     layers = [found] if isinstance(found, int) else found
     return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+
+
+def all_states_asked(base: Any, given: Mapping[str, Any]) -> bool:
+    """Whether whoever calls an encoder wants the tower's hidden states."""
+    asked = given.get("output_hidden_states")
+    return bool(getattr(base.config, "output_hidden_states", False) if asked is None else asked)
+
+
+def without_states(output: Any, read: int) -> None:
+    """Take out of what a tower returned all states behind the one after ``read`` blocks."""
+    for name in HIDDEN_STATES:
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor):
+            setattr(output, name, None)
+        elif found is not None:
+            setattr(output, name, (*found[: read + 1], *[None] * (len(found) - read - 1)))
 
 
 FEATURE_LAYERS = ("vision_feature_layers", "vision_feature_layer")

@@ -111,14 +111,15 @@ class Recording(dict[TowerSignal, list[Tensor]]):
     Attributes:
         owner: whose.
         modality: what is encoded, ``image`` or ``video``.
+        arguments: what the encoder is called with, by name.
         passage: the run of the tower that is under way, if patches have left in it.
         passed: those that are over.
         left: patches that left of each picture and are not restored (host integers).
     """
 
-    def __init__(self, owner: Any, modality: str) -> None:
+    def __init__(self, owner: Any, modality: str, arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self.owner, self.modality = owner, modality
+        self.owner, self.modality, self.arguments = owner, modality, arguments
         self.passage: Passage | None = None
         self.passed: list[Passage] = []
         self.left: list[int] = []
