@@ -163,7 +163,8 @@ def test_rows_of_a_sweep(swept):
     assert by_name["none"]["loss"] == "0"
     marks = by_name["divprune"]["marks"].strip("[]").split(",")
     assert len(marks) == 12
-    assert float(by_name["divprune"]["ideal"]) == pytest.approx(float(by_name["pool"]["ideal"]), rel=1e-2)
+    assert by_name["divprune"]["ideal"] == by_name["grid"]["ideal"]
+    assert float(by_name["divprune"]["ideal"]) > float(by_name["pool"]["ideal"])  # a block that nobody reads
     assert float(by_name["downsample"]["ideal"]) > float(by_name["pool"]["ideal"])  # a smaller tower, too
 
 

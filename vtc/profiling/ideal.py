@@ -13,7 +13,7 @@ from vtc.handle import Patch
 from vtc.profiling.running import Inputs, encode
 
 
-def ideal_ratio(handle: Patch, encoder: float) -> float:
+def ideal_ratio(handle: Patch, encoder: float, encoder_pruned: float | None = None) -> float:
     """TTFT-FLOPs ratio, unpruned / pruned, of a patch's last prompt: vision tower, projector and language model.
 
     The language model's part follows :mod:`vtc.costs`, with the tokens that each layer really had. Selecting is not
@@ -22,21 +22,23 @@ def ideal_ratio(handle: Patch, encoder: float) -> float:
     Args:
         handle: of the model that was just run.
         encoder: FLOPs of vision tower and projector for one sample, see :func:`encoder_flops`.
+        encoder_pruned: the same under the patch, where some of it does not run; default: as many.
     """
     report, parts = handle.report(), handle.stage.parts
     decoder, text = Decoder.of(parts.decoder, parts.root), report.text_tokens
     full = decoder.prefill([round(text + report.visual_tokens)] * len(report.tokens_per_layer)).flops
     pruned = decoder.prefill([round(text + kept) for kept in report.tokens_per_layer]).flops
-    return (encoder + full) / (encoder + pruned)
+    return (encoder + full) / ((encoder if encoder_pruned is None else min(encoder, encoder_pruned)) + pruned)
 
 
-def encoder_flops(model: nn.Module, inputs: Inputs) -> float:
+def encoder_flops(model: nn.Module, inputs: Inputs, patched: bool = False) -> float:
     """FLOPs of vision tower and projector for a batch, by torch's counter, which sees what really runs.
 
+    Under a patch (``patched``) what signals and rules compute in the tower is counted with it.
     It cannot look into a flash-attention package: where a tower uses one, its attention is missing from the count.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-        encode(model, inputs)
+        encode(model, inputs, patched)
     return counter.get_total_flops()
 
 

@@ -184,7 +184,7 @@ def _look(model: nn.Module, inputs: Inputs, configs: Sequence[CompressionConfig]
             del outputs
             report = handle.report()
             kept = sum(report.tokens_per_layer) / len(report.tokens_per_layer)
-            ideal = ideal_ratio(handle, vision / len(logits))
+            ideal = ideal_ratio(handle, vision / len(logits), encoder_flops(model, inputs, True) / len(logits))
         known.append(_Known(config, report.visual_tokens, kept, needed, ideal, tuple(found)))
     tokens = known[0].visual_tokens
     return [_Known(None, tokens, tokens, peak), *known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +25,8 @@ def forward(model: nn.Module, inputs: Inputs) -> Any:
 
 
 @torch.inference_mode()
-def encode(model: nn.Module, inputs: Inputs) -> None:
-    """Run the image encoder alone, as the model would; a patch takes no notice of it."""
+def encode(model: nn.Module, inputs: Inputs, patched: bool = False) -> None:
+    """Run the image encoder alone, as the model would; a patch takes no notice of it, or (``patched``) acts inside."""
     _, parts = resolve(model)
     for modality in MODALITIES:
         pixels = [
@@ -37,5 +38,5 @@ def encode(model: nn.Module, inputs: Inputs) -> None:
         names = inspect.signature(function).parameters
         arguments = {name: inputs[name] for name in names if inputs.get(name) is not None and name not in pixels}
         key = pixels[0] if pixels[0] in names else "pixel_values"  # releases name it differently
-        with bypassed():
+        with contextlib.nullcontext() if patched else bypassed():
             function(**(arguments | {key: inputs[pixels[0]]}), return_dict=True)
