@@ -32,12 +32,15 @@ from vtc.methods.registry import _REGISTRY, blind_methods
 from vtc.methods.scope import SCOPE
 from vtc.methods.todre import ToDRE
 from vtc.methods.visionzip import VisionZip
+from vtc.places import Layer, Tower
 from vtc.tokens import Layout, Segment, VisualTokens
 
 
 def acts_first(method: Method) -> bool:
-    """Whether all it does is before the language model."""
-    return all(stage.at.before_the_model for member in method.members for stage in member.stages(ANY_MODEL))
+    """Whether all it does is between the vision tower and the language model."""
+    return all(
+        Tower.rank < stage.at.rank < Layer.rank for member in method.members for stage in member.stages(ANY_MODEL)
+    )
 
 
 def plainly_counted(method: Method) -> bool:

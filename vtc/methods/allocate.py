@@ -20,6 +20,7 @@ from vtc.methods.stages import Kept
 from vtc.methods.vcast import curvature, directions
 from vtc.methods.vidcom2 import frame_weights, likeness
 from vtc.methods.video import VideoMethod, frames_of
+from vtc.methods.wrapper import refuse_inside_tower
 from vtc.ops.frames import in_shares
 from vtc.tokens import Layout, Region, VisualTokens
 from vtc.values import one_of, shown
@@ -54,7 +55,13 @@ class Allocator(Method):
                 "out budgets. What would work: vtc.DivPrune(), or with it "
                 f"vtc.Chain(vtc.{type(self).__name__}(), second)"
             )
-        if self.selector.content_decides:
+        refuse_inside_tower(type(self).__name__, self.selector)
+        if len(self.selector.members) > 1 or isinstance(self.selector, Allocator):
+            raise ValueError(
+                f"selector={shown(self.selector)} is several methods, or shares out budgets itself. What would work: "
+                f"vtc.DivPrune(), and to prune on, vtc.Chain(vtc.{type(self).__name__}(), second)"
+            )
+        if self.selector.content_decides or self.selector.counts([Layout.plain(4)]) is None:
             raise ValueError(
                 f"selector={shown(self.selector)} decides by the content of an image how many tokens stay, so that no "
                 "budget can be shared out. What would work: vtc.DivPrune()"

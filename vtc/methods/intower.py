@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from vtc.budget import Keep
-from vtc.methods.base import Method, ModelFacts, Reduction, Stage, keeps_all
+from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage, keeps_all
 from vtc.methods.divprune import DivPrune
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.options import option
@@ -16,7 +16,7 @@ from vtc.places import Tower
 from vtc.signals import Signal, TowerSignal
 from vtc.signals.base import tower_layer
 from vtc.tokens import Layout, VisualTokens
-from vtc.values import flag, shown
+from vtc.values import flag, one_of, shown
 
 RULES: dict[str, Method] = {
     "cls": FasterVLM(saliency="cls"),
@@ -54,6 +54,7 @@ class InTower(Method):
     """
 
     keep: Keep = 0.5
+    newlines: Newlines = option("candidates", one_of, "candidates", rule="a tower has none; `then` may keep them")
     rule: Literal["cls", "received", "diverse"] | Method | None = None
     after: float = option(1 / 3, tower_layer)
     restore: bool | None = option(None, flag)
@@ -66,9 +67,10 @@ class InTower(Method):
         if isinstance(self.rule, str) and self.rule not in RULES:
             known = ", ".join(map(repr, RULES))
             raise ValueError(f"rule={shown(self.rule)} is none of None, {known}, nor a vtc.Method")
-        for name in ("rule", "then"):
-            if (given := getattr(self, name)) is not None and not isinstance(given, str):
-                _check_inner(name, given)
+        if self.rule is not None and not isinstance(self.rule, str):
+            _check_inner("rule", self.rule)
+        if self.then is not None:
+            _check_inner("then", self.then)
         if self.then is not None and keeps_all(self):
             raise ValueError(f"keep=1.0 leaves all patches in the tower: use {shown(self.then)} alone")
 

@@ -11,6 +11,7 @@ from vtc.methods.base import ANY_MODEL, Method, ModelFacts, Newlines, Reduction,
 from vtc.methods.divprune import DivPrune
 from vtc.methods.returns import check_reduction
 from vtc.methods.stages import Step
+from vtc.places import Tower
 from vtc.tokens import Layout, VisualTokens
 from vtc.values import shown
 
@@ -34,6 +35,20 @@ def take_over(outer: Method, inner: str) -> None:
     object.__setattr__(outer, "newlines", method.newlines)
 
 
+def refuse_inside_tower(outer: str, selector: Method) -> None:
+    """Refuse a selector that lets patches leave inside the vision tower, where pictures have no tokens yet.
+
+    Args:
+        outer: class of the method that wraps it.
+        selector: the other.
+    """
+    if any(isinstance(stage.at, Tower) for member in selector.members for stage in member.stages(ANY_MODEL)):
+        raise ValueError(
+            f"selector={shown(selector)} lets patches leave inside the vision tower. What would work: "
+            f"vtc.InTower(then=vtc.{outer}())"
+        )
+
+
 @dataclass(frozen=True)
 class Wrapper(Method):
     """A method whose selector chooses before the language model; what that does inside it, it does there as ever.
@@ -52,6 +67,7 @@ class Wrapper(Method):
         take_over(self, "selector")
         super().__post_init__()
         me, selector = type(self).__name__, self.selector
+        refuse_inside_tower(me, selector)
         if len(selector.members) > 1:
             raise ValueError(
                 f"selector={shown(selector)} is several methods; wrap the first of them: "
