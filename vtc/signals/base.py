@@ -238,6 +238,32 @@ class DecoderSignal(Signal):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class ColumnSignal(DecoderSignal):
+    """Something that every column of a layer's sequence has: of visual tokens [G, N, ...], or of text [G, T, ...].
+
+    Attributes:
+        layer: counted from 0.
+        of: ``visual``: of the images' tokens; ``text``: of the text behind the last image, as in :class:`LayerText`.
+    """
+
+    of: Literal["visual", "text"] = "visual"
+
+    @property
+    def key(self) -> str:
+        """Its kind, ``text_`` in front of it for text."""
+        return self.name or (f"text_{self.kind}" if self.of == "text" else self.kind)
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Text has none of visual tokens."""
+        return {self.key: None} if self.of == "text" else {}
+
+    def chosen(self, view: LayerView, columns: Tensor) -> Tensor:
+        """Of columns [B, M, ...] those that it is of."""
+        return view.per_text(columns) if self.of == "text" else view.per_token(columns)
+
+
 def keys_of(signals: Sequence[Signal]) -> dict[str, Any]:
     """Signals by key.
 
