@@ -61,7 +61,7 @@ class Allocator(Method):
                 f"selector={shown(self.selector)} is several methods, or shares out budgets itself. What would work: "
                 f"vtc.DivPrune(), and to prune on, vtc.Chain(vtc.{type(self).__name__}(), second)"
             )
-        if self.selector.content_decides or self.selector.counts([Layout.plain(4)]) is None:
+        if self.selector.content_decides:
             raise ValueError(
                 f"selector={shown(self.selector)} decides by the content of an image how many tokens stay, so that no "
                 "budget can be shared out. What would work: vtc.DivPrune()"
