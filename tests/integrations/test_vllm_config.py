@@ -117,6 +117,8 @@ LATER = {"method": "todre", "options": {"keep": 1.0, "stage2": True}}
         ({"method": "globalcom2"}, "thumbnail"),
         ({"method": "fastv"}, "between the layers"),
         ({"method": "intower", "options": {"rule": "diverse", "after": 1}}, "inside the vision tower"),
+        ({"method": "tome"}, "inside the vision tower"),
+        ({"method": "evit"}, "inside the vision tower"),
         ({"method": "fastervlm"}, "last layer only"),
         ({"method": "scope"}, "last layer only"),
         ({"method": "vispruner"}, "last layer only"),

@@ -40,13 +40,13 @@ class ToMe(InBlocks):
     are left behind the last. A step merges half of them at most; where more have to go (a small ``keep``, few blocks),
     more steps follow at once, with the means of keys. The paper would keep more instead.
 
-    The language model gets what is left as it is. ``calibration="size"`` weighs it there too. CLS rows that another
-    method reads behind it are made without the logarithms.
+    In the language model, ``calibration="size"`` weighs them too. CLS rows that another method reads are without
+    logarithms.
 
     Attributes:
         keep: of the patches of each picture, behind the tower.
         blocks: in front of which to merge, counted from 0, at least 1, or shares of the depth that the language model
-            gets to see; ``None``: of all of those but the first.
+            gets to see; ``None``: all of that but the first.
         proportional: add the logarithms; that takes an attention that adds masks (``sdpa``, ``eager``).
     """
 
@@ -94,16 +94,9 @@ class ToMe(InBlocks):
 
 
 def _merged(rows: Tensor, width: int, counts: tuple[int, ...], left: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """One step.
+    """One step from ``counts`` rows to ``left``, at least half of them: new sums, and which stay: LongTensor [G, K].
 
-    Args:
-        rows: float64 [G, M, width + dh + 1], sums of features and of keys, and how many: those that are there first.
-        width: of features.
-        counts: how many are there.
-        left: how many are left behind it, half of them at least.
-
-    Returns:
-        The rows with their new sums, and which of them stay, ascending: LongTensor [G, K].
+    Rows are float64 [G, M, width + dh + 1]: sums of features and of keys, and how many; those that are there first.
     """
     real = torch.arange(rows.shape[1], device=rows.device) < column(counts, rows.device)
     metric = rows[..., width:-1] / rows[..., -1:].clamp(min=1)
@@ -113,7 +106,6 @@ def _merged(rows: Tensor, width: int, counts: tuple[int, ...], left: tuple[int, 
     best, to = (torch.cat([f(part) for part in like]) for f in (lambda x: x.amax(-1), first_max))
     rank = best.masked_fill(~real[:, ::2], -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
     leaves = rank < column([n - k for n, k in zip(counts, left, strict=True)], rows.device)
-
     targets = rows.shape[1] // 2
     group = to.masked_fill(~leaves, targets)
     parts = zip(rows[:, ::2].split(some), group.split(some), strict=True)
