@@ -1,7 +1,7 @@
 """What patches that leave inside a vision tower must amount to, by hand: the whole tower runs, blind to them.
 
 From their block on, the keys of patches that left are masked. What stands in their places where they come back is
-computed here with loops.
+computed here with loops. Where patches merge, what stands there then is overheard, and written into the whole tower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 from vtc.engine.context import recording_of
 from vtc.engine.passage import Departure
 from vtc.engine.tower import TowerStages
+from vtc.methods.stages import Kept, Step
 from vtc.models import resolve
+from vtc.places import Tower
 
 MODALITIES = ("image", "video")
 
@@ -31,11 +33,16 @@ class Departed:
 
     dead: bool [P, N], True for every patch that is gone by then.
     restores: they come back behind the tower.
+    rows: float [P, N, width], what stands at the places of `changed`, bool [P, N]; `None`: nothing merged.
+    bias: float [P, N], what is added to the logits of a key from there on.
     """
 
     block: int
     dead: Tensor
     restores: bool
+    rows: Tensor | None = None
+    changed: Tensor | None = None
+    bias: Tensor | None = None
 
 
 Departures = dict[str, list[Departed]]
@@ -46,21 +53,35 @@ def overheard_departures() -> Iterator[Departures]:
     """Collect, by modality, what patched models' towers lose."""
     found: Departures = {}
     at: list[Any] = []
+    merged: list[Any] = []
+    reducing = Step.reduce
     before, of = TowerStages.before_block, Departure.of.__func__  # type: ignore[attr-defined]
 
     def before_block(self: Any, tower: Any, index: int, *args: Any) -> Any:
         at[:] = [self, index]
         return before(self, tower, index, *args)
 
+    def reduce(step: Step, tokens: Any, *args: Any, **kwargs: Any) -> Kept:
+        kept = reducing(step, tokens, *args, **kwargs)
+        if isinstance(step.stage.at, Tower):
+            merged[:] = []
+            if kept.features is not None:
+                changed = kept.written & (kept.features != tokens.features).any(-1)
+                size = torch.ones_like(kept.size) if tokens.size is None else tokens.size
+                size = torch.where(kept.written, kept.size, size)
+                merged[:] = [kept.features, changed, size.log() * step.stage.at.proportional]
+        return kept
+
     def departing(cls: Any, mask: Tensor, k: int, state: Tensor, restores: bool) -> Departure:
         stages, index = found.setdefault(recording_of(at[0].parts).modality, []), at[1]
         dead = ~mask
         if stages and stages[-1].block < index:  # a later stage: its mask is over what was left
             dead = stages[-1].dead.clone().masked_scatter(~stages[-1].dead, ~mask)
-        stages.append(Departed(index, dead, restores))
+        stages.append(Departed(index, dead, restores, *merged))
         return of(cls, mask, k, state, restores)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "reduce", reduce)
         patch.setattr(TowerStages, "before_block", before_block)
         patch.setattr(Departure, "of", classmethod(departing))
         yield found
@@ -128,10 +149,21 @@ class BlindTower:
 
     def _gone(self, tower: Any, stage: Departed) -> Tensor:
         """Bool [P, special + N] of this sample's pictures."""
+        dead = self._own(stage.dead)
+        return torch.cat([torch.zeros(len(dead), tower.special, dtype=torch.bool), dead], 1)
+
+    def _own(self, values: Tensor) -> Tensor:
+        """Of [P, ...], those of this sample."""
         assert self.now is not None
         first = self.first[self.now]
-        dead = stage.dead[first : first + self.count[self.now]]
-        return torch.cat([torch.zeros(len(dead), tower.special, dtype=torch.bool), dead], 1)
+        return values[first : first + self.count[self.now]]
+
+    def _written(self, tower: Any, stage: Departed, hidden: Tensor) -> Tensor:
+        """With what stands there where patches merged."""
+        if stage.rows is None or stage.changed is None:
+            return hidden
+        patches = torch.where(self._own(stage.changed)[..., None], self._own(stage.rows), hidden[:, tower.special :])
+        return torch.cat([hidden[:, : tower.special], patches], 1)
 
     def _masking(self, tower: Any, index: int, module: Any, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -141,13 +173,17 @@ class BlindTower:
         if not stages:
             return None
         if stages[-1].block == index:
+            hidden = self._written(tower, stages[-1], hidden)
             self.states[index] = hidden
         if "attention_mask" not in inspect.signature(module.forward).parameters:
             self.alive = ~self._gone(tower, stages[-1])
+            assert stages[-1].rows is None
             return None
         lowest = torch.finfo(hidden.dtype).min
         mask = torch.zeros(len(hidden), 1, 1, hidden.shape[1])
         mask = mask.masked_fill(self._gone(tower, stages[-1])[:, None, None], lowest)
+        if (bias := stages[-1].bias) is not None:
+            mask[:, 0, 0, tower.special :] += self._own(bias)
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if given is not None:
             mask = mask + (given if given.is_floating_point() else torch.where(given, 0.0, lowest))

@@ -19,6 +19,7 @@ from vtc.methods.cliptext import ClipText
 from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
 from vtc.methods.dycoke import DyCoke
+from vtc.methods.evit import EViT
 from vtc.methods.evs import EVS
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
@@ -39,6 +40,7 @@ from vtc.methods.random import Random
 from vtc.methods.scope import SCOPE
 from vtc.methods.sparsevlm import SparseVLM
 from vtc.methods.todre import ToDRE
+from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.vcast import VCast
 from vtc.methods.vidcom2 import VidCom2
@@ -66,6 +68,7 @@ __all__ = [
     "CompressionConfig",
     "DivPrune",
     "DyCoke",
+    "EViT",
     "FastV",
     "FastVID",
     "FasterVLM",
@@ -91,6 +94,7 @@ __all__ = [
     "SparseVLM",
     "Stage",
     "ToDRE",
+    "ToMe",
     "TransPrune",
     "UnsupportedModelError",
     "VCast",

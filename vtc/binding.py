@@ -12,11 +12,13 @@ from vtc.dialect.releases import warn_if_untested
 from vtc.engine.calibration import Calibrator
 from vtc.engine.choosing import Chooser, needs_of
 from vtc.engine.probe import unfit_for, unfit_for_bias, unfit_tower
+from vtc.engine.tower import instead_of_holes, unfit_for_masks
 from vtc.handle import patch_of
 from vtc.methods import Method, make_method
 from vtc.methods.registry import blind_methods
 from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts, UnsupportedModelError
+from vtc.models.base import MODALITIES
 from vtc.places import Projector, Tower
 from vtc.signals import DecoderSignal, TowerSignal
 from vtc.values import shown
@@ -175,8 +177,16 @@ def _check_tower(adapter: Adapter, parts: Parts, step: Step, at: Tower) -> None:
         )
     if way == "restore" and at.restore is False:
         raise ValueError(
-            f"{method.name!r} would leave holes where this {name} makes one token of several patches; restore=True, or "
-            "None, brings them back behind the tower"
+            f"{method.name!r} would leave holes where this {name} makes one token of several patches; "
+            + instead_of_holes(method)
+        )
+    towers = [t for modality in MODALITIES if (t := adapter.tower(parts.base, modality)) is not None]
+    faults = (unfit_for_masks(t, block) for t in towers for block in range(at.block, last + 1) if at.proportional)
+    if (fault := next(filter(None, faults), None)) is not None:
+        raise ValueError(
+            f"{method.name!r} adds the logarithm of how many patches a key stands for to the logits of attention in "
+            f"the vision tower of this {name}, and {fault}. What would work: attn_implementation='sdpa' or 'eager'; or "
+            "proportional=False"
         )
     late = [s.key for s in step.stage.needs if not isinstance(s, TowerSignal) or not 0 <= s.index(tower) < at.block]
     if late:

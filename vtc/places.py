@@ -43,10 +43,13 @@ class Tower(Place):
         block: how many blocks run before; 0: before the tower.
         restore: patches that left come back behind the tower, moved as their nearest neighbours among those that
             stayed, so that every token is there again; ``None``: only where a token is made of several patches.
+        proportional: what was merged here weighs as a key what it stands for: log(size) is added to the logits of
+            attention, in every block behind.
     """
 
     block: int
     restore: bool | None = None
+    proportional: bool = False
     rank: ClassVar[int] = 0
 
     @property

@@ -6,6 +6,7 @@ no method of the library has, and what must be refused or is bit-exact.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +141,17 @@ def test_new_values_stand_there() -> None:
         torch.testing.assert_close(entered[0][0], torch.cat([before[:, :1], mean], 1))
         assert adapter.facts(parts).tower_depth == 2  # what the projector gets is what this block returns
         torch.testing.assert_close(features[:, ::2], model.model.multi_modal_projector(entered[0][1][:, 1:]))
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "rows"])
+def test_masks_that_blocks_were_given_stay_beside_the_sizes(kind: str) -> None:
+    passage = Passage(special=1, patches=4, restores=False)
+    passage.there, passage.size = torch.tensor([[0, 2]]), torch.tensor([[1.0, 9.0, 3.0, 9.0]])
+    seen = torch.tensor([True, False, True])[None, None, None]
+    given = {"none": None, "bool": seen, "float": torch.where(seen, 0.0, -5.0), "rows": seen[:, 0, 0].long()}[kind]
+    found = passage.weighed(given, torch.float32)
+    hidden = {"none": 0.0, "float": -5.0}.get(kind, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(found, torch.tensor([0.0, hidden, math.log(3)])[None, None, None])
 
 
 # ------------------------------------------------------------------------------------------------------------ bit-exact

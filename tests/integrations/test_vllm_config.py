@@ -117,6 +117,8 @@ LATER = {"method": "todre", "options": {"keep": 1.0, "stage2": True}}
         ({"method": "globalcom2"}, "thumbnail"),
         ({"method": "fastv"}, "between the layers"),
         ({"method": "intower", "options": {"rule": "diverse", "after": 1}}, "inside the vision tower"),
+        ({"method": "tome"}, "inside the vision tower"),
+        ({"method": "evit"}, "inside the vision tower"),
         ({"method": "fastervlm"}, "last layer only"),
         ({"method": "scope"}, "last layer only"),
         ({"method": "vispruner"}, "last layer only"),
@@ -236,7 +238,7 @@ def test_a_bad_keep_of_a_request(keep):
 # ------------------------------------------------------------------------------------------------- counts and selection
 
 OURS = [name for name in list_methods() if method_class(name).__module__.startswith("vtc.")]  # tests register others
-INSIDE = ("chain", "transprune", "fastv", "pyramiddrop", "sparsevlm", "dart", "intower")
+INSIDE = ("chain", "transprune", "fastv", "pyramiddrop", "sparsevlm", "dart", "intower", "tome", "evit")
 LOOKING = ("globalcom2", "fastervlm", "scope", "vispruner", "hiprune", "holov")
 MERGING = ("visionzip", "prumerge", "prumerge+", "vscan", "merge", "fastvid", "holitom")
 NOT_PLAIN = (*INSIDE, *LOOKING, *MERGING, "adaptive")

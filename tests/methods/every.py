@@ -40,6 +40,9 @@ SAMPLES: dict[str, vtc.Method] = {
     # inside the vision tower
     "intower": vtc.InTower(keep=0.5, after=1),
     "intower_then": vtc.InTower(rule="diverse", keep=0.6, after=1, then=vtc.DivPrune(keep=0.3)),
+    "tome": vtc.ToMe(keep=0.4),
+    "tome_plain": vtc.ToMe(keep=0.6, blocks=(1,), proportional=False),
+    "evit": vtc.EViT(keep=0.5, blocks=(1,)),
     # inside the language model
     "todre_both": vtc.ToDRE(keep=0.5, pivot="random", stage2=True, layer=2, tau=0.45),
     "transprune": vtc.TransPrune(**SCHEDULE),

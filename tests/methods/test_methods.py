@@ -94,7 +94,7 @@ def tokens_of(layouts, seed=0, d=6, pad=0, ordinals=None, poison=math.nan) -> Vi
 
 
 def picks_of(method: Method, tokens: VisualTokens) -> list[list[int]]:
-    budget = method.counts(tokens.layouts)
+    budget = method.counts(tokens.layouts, method.stages(ANY_MODEL)[0])
     if budget == tokens.lengths:  # then nobody is asked
         return [[*range(n)] for n in budget]
     picks = asking.picks(method, tokens, budget)

@@ -25,7 +25,7 @@ from zoo import FAMILIES, GREEDY, NEW_TOKENS, Batch, get_model, make_batch
 import vtc
 from vtc.methods.base import ModelFacts
 from vtc.methods.stages import Kept, Step
-from vtc.places import Layer, Place, Projector
+from vtc.places import Layer, Place, Projector, Tower
 
 FACTS = ModelFacts(model_type="any", width=1, depth=4)
 HYBRID = "qwen3_5"
@@ -68,6 +68,8 @@ REDUCES = (  # one sequence a picture in the tower
     *WITH_CLS, "llava_onevision", "llava_onevision_video", "idefics3", "smolvlm", "gemma3", "gemma3_window8",
     "paligemma",
 )  # fmt: skip
+OTHERS = ("llava_next_video", "llava_next_video_image", "video_llava")
+MERGES = (*PROJECTOR, *OTHERS, "paligemma")  # a patch is a token there
 THUMBNAIL = ("llava_next", "llava_next_video", "llava_next_video_image", "llava_onevision", "llava_onevision_video")
 SALIENT = ("fastervlm", "scope", "vispruner", "hiprune", "holov", "vscan", "visionzip", "fastvid", "holitom")
 
@@ -84,6 +86,8 @@ def refusing(family: str) -> set[str]:
             or (name.startswith("prumerge") and family not in PROJECTOR)
             or (method.name == "globalcom2" and family not in THUMBNAIL)
             or (method.name == "intower" and family not in REDUCES)
+            or (method.name == "tome" and family not in MERGES)
+            or (method.name == "evit" and family not in (*PROJECTOR, *OTHERS))
         ):
             found.add(name)
     return found
@@ -109,6 +113,8 @@ def applies(family: str, method: vtc.Method, run: str) -> bool:
     """Not: prefixes and prepared windows with flash attention, which loses them upstream; and methods that read the
     question without a cache, where every step chooses anew and takes the answer so far for part of the question.
     """
+    if method.name in ("tome", "evit") and family == "llava_next_video":
+        return False  # its pictures merge, and its videos, which are this family's input, are pooled
     if run == "flash":
         return family not in (*PREFIX_LM, HYBRID)
     if method.name not in EVERYWHERE and (RELEASE < NEWEST or run not in ("sdpa", "flash")):
@@ -147,7 +153,7 @@ def overheard(model: Any) -> Iterator[list[Write]]:
 
     def reduce(step: Step, tokens: Any, *args: Any, **kwargs: Any) -> Kept:
         kept = real(step, tokens, *args, **kwargs)
-        if kept.features is not None:
+        if kept.features is not None and not isinstance(step.stage.at, Tower):  # those are written into the tower
             rows = [(w.nonzero()[:, 0], f[w]) for w, f in zip(kept.written, kept.features, strict=True)]
             if step.stage.at == Projector():
                 patches = tokens.where("image", "thumbnail", "crops", "frame")

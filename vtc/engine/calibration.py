@@ -46,7 +46,7 @@ class Calibrator:
         self.by_distance = what != "size"
         self.stages = tuple(step.stage.at.after for step in chooser.inside if isinstance(step.stage.at, Layer))
         """Layers run before each stage inside the model."""
-        self.first = 0 if chooser.steps else min(self.stages, default=len(parts.layers))
+        self.first = 0 if chooser.steps or chooser.tower else min(self.stages, default=len(parts.layers))
         """The first layer behind tokens that left; those before it attend as ever."""
 
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -59,8 +59,8 @@ class Calibrator:
         batch, width = shape[:2]
         visual = columns_of(plan.keep, plan.flat, batch, width)
         size = torch.ones_like(visual, dtype=torch.float32)
-        if plan.merged is not None:
-            size = columns_of(plan.merged.size, plan.flat, batch, width, 1.0)
+        if plan.size is not None:
+            size = columns_of(plan.size, plan.flat, batch, width, 1.0)
         if compact is not None:
             visual, size = compact.sequences(visual, size)
         return Keys.of(size, visual)

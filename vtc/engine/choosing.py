@@ -16,7 +16,7 @@ from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import Kept, Step, steps_of
 from vtc.models import Adapter, Parts
 from vtc.places import Projector, Tower
-from vtc.signals import LEFT, ProjectorInput, PromptSignal, Signal, TowerSignal
+from vtc.signals import LEFT, SIZE, ProjectorInput, PromptSignal, Signal, TowerSignal
 from vtc.tokens import VisualTokens
 
 PROJECTOR_INPUT = ProjectorInput()
@@ -65,6 +65,9 @@ class Chooser:
         """Without those that left inside the tower. A host sync where an image is several pictures."""
         left = nn.utils.rnn.pad_sequence([self._recorded(LEFT, running, image) for image in images], batch_first=True)
         alive = tokens.mask & (left < 0.5)
+        if all(SIZE in running.encoded[image.modality].signals for image in images):
+            size = [self._recorded(SIZE, running, image) for image in images]
+            tokens = replace(tokens, size=nn.utils.rnn.pad_sequence(size, batch_first=True).clamp(min=1))
         known = [running.encoded[image.modality].left for image in images]
         if any(counts is None for counts in known):
             return replace(tokens, alive=alive, alive_counts=tuple(alive.sum(1).tolist()))
@@ -185,7 +188,7 @@ def decide(chooser: Chooser, running: Call, images: list[Located], flat: Tensor,
             tokens = replace(tokens, features=merged.features, size=merged.size)
         order, chosen = kept.order, kept.chosen
         tokens = replace(tokens, alive=kept.mask, alive_counts=kept.counts)
-    return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, chosen, entered)
+    return Plan(images, tokens.mask, tokens.counts, flat, tokens.lengths, merged, order, chosen, entered, tokens.size)
 
 
 def compaction(plan: Plan, running: Call, shape: torch.Size) -> Compaction:

@@ -88,7 +88,7 @@ class LayerState:
             plan.keep,
             plan.counts,
             dict(plan.entered),
-            None if plan.merged is None else plan.merged.size,
+            plan.size,
             lengths=tuple(n + d for n, d in zip(compact.counts, compact.dropped, strict=True)),
             entered=compact.length,
             starts=starts,

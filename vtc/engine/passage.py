@@ -63,6 +63,7 @@ class Passage:
         departures: in order.
         there: LongTensor [P, M], the patches that are there, ascending; ``None``: all.
         size: float [P, N], how many patches each stands for; ``None``: one each.
+        proportional: keys weigh as many patches as they stand for.
         entered: how many there were before a method's first stage, by the identity of the method.
         front: while they are projected without those that left: rows in front of the patches; else ``None``.
     """
@@ -73,6 +74,7 @@ class Passage:
     departures: list[Departure] = field(default_factory=list)
     there: Tensor | None = None
     size: Tensor | None = None
+    proportional: bool = False
     entered: dict[int, tuple[int, ...]] = field(default_factory=dict)
     front: int | None = None
 
@@ -111,6 +113,17 @@ class Passage:
         if mask.shape[2] > 1:
             mask = mask.gather(2, columns[:, None, :, None].expand(-1, mask.shape[1], -1, columns.shape[1]))
         return mask
+
+    def weighed(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """A mask of the rows that are there with log(size) on the patches: float, [P, 1, 1, special + M] or larger."""
+        assert self.size is not None
+        assert self.there is not None
+        bias = self.size.gather(1, self.there).log()
+        bias = torch.nn.functional.pad(bias, (self.special, 0))[:, None, None].to(dtype)
+        if mask is None:
+            return bias
+        mask = mask[:, None, None].bool() if mask.dim() == 2 else mask
+        return torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask + bias
 
 
 def wide(index: Tensor, width: int) -> Tensor:

@@ -72,6 +72,7 @@ class Plan:
         chosen: how many of each image's row of ``order`` are meant (host integers).
         entered: how many there were before a method's first stage, by the identity of the method.
         flat: LongTensor [G, N], where each token sits in the flattened batch; padding points past its end.
+        size: float32 [G, N], how many tokens a place stands for; ``None``: one each.
         given: tokens of each image that can be seen at all: those that the mask does not hide (host integers).
     """
 
@@ -84,6 +85,7 @@ class Plan:
     order: Tensor | None = None
     chosen: tuple[int, ...] = ()
     entered: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    size: Tensor | None = None
 
     @property
     def drops(self) -> bool:

@@ -25,13 +25,16 @@ from torch import Tensor, nn
 
 from vtc.dialect import attention
 from vtc.dialect.arguments import HIDDEN, MASK
-from vtc.dialect.towers import Tower, given_to, rewrite_states
+from vtc.dialect.modules import adds_masks, attention_of
+from vtc.dialect.towers import Tower, given_to, rewrite_states, spelling
 from vtc.engine.context import Recording, recording_of
 from vtc.engine.passage import Departure, Passage, wide
+from vtc.engine.plan import check_no_gradient
+from vtc.methods import Method
 from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts
 from vtc.models.base import MODALITIES, square
-from vtc.signals import LEFT, TowerSignal
+from vtc.signals import LEFT, SIZE, TowerSignal
 from vtc.tokens import Layout, VisualTokens
 
 
@@ -99,6 +102,8 @@ class TowerStages:
         call[HIDDEN] = hidden
         if isinstance(mask := call[MASK], Tensor) and mask.shape[-1] == tower.special + passage.patches:
             call[MASK] = passage.seen(mask)
+        if passage.proportional and passage.size is not None:
+            call[MASK] = self._weighed(tower, index, passage, call[MASK], hidden)
         return call.positional
 
     def _reduced(self, tower: Tower, step: Step, recording: Recording, hidden: Tensor) -> Tensor:
@@ -115,6 +120,7 @@ class TowerStages:
                 "vision tower needs equally many of each"
             )
         if kept.features is not None:
+            check_no_gradient(step.method.name, state)
             new, where = kept.features, kept.written
             assert where is not None
             full = torch.where(where[..., None], new.to(state.dtype), passage.spread(state))
@@ -122,6 +128,7 @@ class TowerStages:
             if kept.size is not None:
                 before = torch.ones_like(kept.size) if passage.size is None else passage.size
                 passage.size = torch.where(where, kept.size, before)
+                passage.proportional |= step.stage.at.proportional  # type: ignore[attr-defined]
         mask = kept.mask if passage.there is None else kept.mask.gather(1, passage.there)
         k = kept.counts[0]
         departure = Departure.of(mask, k, state.detach(), passage.restores)
@@ -130,13 +137,21 @@ class TowerStages:
         state = state.gather(1, wide(departure.stays, state.shape[2]))
         return torch.cat([hidden[:, : tower.special], state], 1)
 
+    def _weighed(self, tower: Tower, index: int, passage: Passage, mask: Tensor | None, hidden: Tensor) -> Tensor:
+        if (reason := unfit_for_masks(tower, index)) is not None:
+            raise RuntimeError(f"since vtc.patch, that of the vision tower was switched, and {reason}; switch it back")
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        given = isinstance(mask, Tensor) and mask.is_floating_point()
+        return passage.weighed(mask, mask.dtype if mask is not None and given else dtype)
+
     def _restores(self, step: Step, modality: str) -> bool:
         at: Any = step.stage.at
         must = self.adapter.reduces(self.parts.base, modality) == "restore"
         if must and at.restore is False:
             raise ValueError(
                 f"{step.method.name!r} would leave holes where one token of a {modality} is made of several patches; "
-                "restore=True, or None, brings them back behind the tower"
+                + instead_of_holes(step.method)
             )
         return must if at.restore is None else at.restore
 
@@ -181,6 +196,8 @@ class TowerStages:
         else:
             gone = torch.ones(pictures, passage.patches, device=passage.there.device).scatter(1, passage.there, 0.0)
         recording.setdefault(LEFT, []).append(gone)
+        if passage.size is not None:
+            recording.setdefault(SIZE, []).append(passage.size.masked_fill(gone > 0, 0.0))
         recording.left += [0 if passage.restores else left] * pictures
         for signal in self.passing:
             recording.pop(signal, None)
@@ -215,3 +232,20 @@ class TowerStages:
         fits = given.dim() == 3 and len(given) == len(passage.there)
         fits = fits and given.shape[1] - passage.patches in (0, passage.special)
         return None if passage.restores or not fits else passage
+
+
+def unfit_for_masks(tower: Tower, block: int) -> str | None:
+    """Why nothing can be added to the logits of a block's attention, ``None`` if a mask can do it."""
+    attends = tower.attention(block)
+    config = getattr(attends, "config", None) or getattr(tower.module, "config", None)
+    if not adds_masks(found := attention_of(config)):
+        return f"the attention implementation {found!r} adds no mask to the logits"
+    blind = next((m for m in (tower.layers[block], attends) if m is not None and spelling(m).name(MASK) is None), None)
+    return None if blind is None else f"its {type(blind).__name__} takes no mask"
+
+
+def instead_of_holes(method: Method) -> str:
+    """What would work for a method where one token is made of several patches."""
+    if hasattr(method, "restore"):
+        return "restore=True, or None, brings them back behind the tower"
+    return f"what merged cannot be brought back. What would work: {method.remedy}"

@@ -12,7 +12,7 @@ from vtc.signals.rating import Rating
 from vtc.signals.received import Received
 from vtc.signals.rows import Rows, TextRows
 from vtc.signals.share import Share
-from vtc.signals.states import LEFT, ProjectorInput, TowerFeatures
+from vtc.signals.states import LEFT, SIZE, ProjectorInput, TowerFeatures
 from vtc.signals.text import LayerText, Text
 from vtc.signals.transitions import Transitions
 from vtc.signals.wide import ClsWide, KeysWide
@@ -31,6 +31,7 @@ TOWER_SIGNALS: tuple[type[TowerSignal], ...] = (
 
 __all__ = [
     "LEFT",
+    "SIZE",
     "TOWER_SIGNALS",
     "Cls",
     "ClsLogits",

@@ -46,6 +46,16 @@ LEFT = Left()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Size(Left):
+    """How many patches one stands for where some merged inside the tower, 0 where one left. The engine makes it."""
+
+    kind: ClassVar[str] = "size"
+
+
+SIZE = Size()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectorInput(TowerSignal):
     """What enters the projector for a patch: [G, N, width]. The features at the place ``Projector()``."""
 
