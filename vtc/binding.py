@@ -178,6 +178,16 @@ def _check_tower(adapter: Adapter, parts: Parts, step: Step, at: Tower) -> None:
             f"{method.name!r} would leave holes where this {name} makes one token of several patches; restore=True, or "
             "None, brings them back behind the tower"
         )
+    if way == "units" and at.restore:
+        raise ValueError(
+            f"{method.name!r} would bring patches back behind the vision tower (restore=True), and in this {name} they "
+            "leave with the token that they are made into; restore=None, or False, drops it"
+        )
+    if way == "units" and method.merges:
+        raise ValueError(
+            f"{method.name!r} merges inside the vision tower, and in this {name} a token is {tower.unit} rows there, "
+            "which one new value cannot stand for. What would work: a method that only chooses, e.g. vtc.InTower()"
+        )
     late = [s.key for s in step.stage.needs if not isinstance(s, TowerSignal) or not 0 <= s.index(tower) < at.block]
     if late:
         raise ValueError(

@@ -64,9 +64,10 @@ WITH_CLS = (
     "internvl",
 )  # fmt: skip
 PROJECTOR = ("llava", "llava_adjacent", "vipllava", "llava_next")  # a patch becomes a token there
-REDUCES = (  # one sequence a picture in the tower
+REDUCES = (  # one sequence a picture in the tower, or one for all with units that become tokens
     *WITH_CLS, "llava_onevision", "llava_onevision_video", "idefics3", "smolvlm", "gemma3", "gemma3_window8",
-    "paligemma",
+    "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_video", "qwen3_vl", "qwen3_vl_video", "qwen3_vl_moe", "qwen3_5",
+    "glm46v", "glm46v_video",
 )  # fmt: skip
 THUMBNAIL = ("llava_next", "llava_next_video", "llava_next_video_image", "llava_onevision", "llava_onevision_video")
 SALIENT = ("fastervlm", "scope", "vispruner", "hiprune", "holov", "vscan", "visionzip", "fastvid", "holitom")

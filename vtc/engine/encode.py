@@ -69,11 +69,11 @@ def listening(
     signature = inspect.signature(encode)
 
     @between_graphs
-    def begin() -> Any:
+    def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nested = recording_of(parts) is not None  # some families encode videos by way of their image encoder
         if current().bypassed or nested:
             return None
-        recorded = Recording(parts, modality)
+        recorded = Recording(parts, modality, _flat(signature, args, kwargs))
         block = during(recording=recorded)
         block.__enter__()
         return block, recorded
@@ -83,13 +83,13 @@ def listening(
         block.__exit__(None, None, None)
 
     @between_graphs
-    def note(output: Any, recorded: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(output: Any, recorded: Any) -> None:
         running = running_call(parts)
         if (lengths := feature_lengths(output)) is None:
             if running is not None:
                 running.featureless = type(output).__name__
             return
-        arguments = _flat(signature, args, kwargs)
+        arguments = recorded.arguments
         layouts = adapter.layouts(base, modality, lengths, arguments)
         signals = {
             signal: adapter.per_token(base, modality, torch.cat(pictures), layouts, arguments)
@@ -105,14 +105,14 @@ def listening(
 
     @functools.wraps(encode)
     def call(*args: Any, **kwargs: Any) -> Any:  # what it calls before and after stays out of graphs, the encoder not
-        if (begun := begin()) is None:
+        if (begun := begin(args, kwargs)) is None:
             return encode(*args, **kwargs)
         block, recorded = begun
         try:
             output = encode(*args, **kwargs)
         finally:
             end(block)
-        note(output, recorded, args, kwargs)
+        note(output, recorded)
         return output
 
     never_alone(call)

@@ -188,11 +188,22 @@ class Adapter:
         """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""
         return None
 
-    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore", "units"] | None:
         """How patches may leave inside the vision tower: ``drop`` where each is a token by itself, ``restore`` where a
-        token is made of several; ``None``: not at all.
+        token is made of several that stand apart, ``units`` where those stand together in one row (see
+        :meth:`pictures`); ``None``: not at all.
         """
         return None
+
+    def pictures(self, base: Any, modality: str, arguments: Mapping[str, Any]) -> list[Layout]:
+        """The structure of each picture's tokens, known before the tower has run: where it ``reduces`` in units.
+
+        Args:
+            base: the base model.
+            modality: ``image`` or ``video``.
+            arguments: what the encoder was called with.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell what pictures will be")
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
