@@ -18,7 +18,7 @@ from vtc.methods.registry import blind_methods
 from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts, UnsupportedModelError
 from vtc.places import Projector, Tower
-from vtc.signals import DecoderSignal, TowerSignal
+from vtc.signals import DecoderSignal, Pixels, TowerSignal
 from vtc.values import shown
 
 
@@ -139,7 +139,9 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
     name, at = type(parts.root).__name__, step.stage.at
     if isinstance(at, Tower):
         _check_tower(adapter, parts, step, at)
-    missing = [signal.key for signal in needs_of(step) if not adapter.gives(parts, signal)]
+    behind = not isinstance(at, Tower)  # pixels are known in front of the tower, and nowhere else
+    needs = needs_of(step)
+    missing = [s.key for s in needs if not adapter.gives(parts, s) or (behind and isinstance(s, Pixels))]
     if not missing:
         return
     method = step.method
@@ -188,7 +190,8 @@ def _check_tower(adapter: Adapter, parts: Parts, step: Step, at: Tower) -> None:
             f"{method.name!r} merges inside the vision tower, and in this {name} a token is {tower.unit} rows there, "
             "which one new value cannot stand for. What would work: a method that only chooses, e.g. vtc.InTower()"
         )
-    late = [s.key for s in step.stage.needs if not isinstance(s, TowerSignal) or not 0 <= s.index(tower) < at.block]
+    needs = [s for s in step.stage.needs if not isinstance(s, Pixels)]
+    late = [s.key for s in needs if not isinstance(s, TowerSignal) or not 0 <= s.index(tower) < at.block]
     if late:
         raise ValueError(
             f"{method.name!r} needs {', '.join(map(repr, late))} before block {at.block} of the vision tower, where "

@@ -64,10 +64,13 @@ WITH_CLS = (
     "internvl",
 )  # fmt: skip
 PROJECTOR = ("llava", "llava_adjacent", "vipllava", "llava_next")  # a patch becomes a token there
-REDUCES = (  # one sequence a picture in the tower, or one for all with units that become tokens
+UNITS = (  # one sequence for all pictures in the tower, in which the patches of a token stand together
+    "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_video", "qwen3_vl", "qwen3_vl_video", "qwen3_vl_moe", "qwen3_5", "glm46v",
+    "glm46v_video",
+)  # fmt: skip
+REDUCES = (  # one sequence a picture there, or such units
     *WITH_CLS, "llava_onevision", "llava_onevision_video", "idefics3", "smolvlm", "gemma3", "gemma3_window8",
-    "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_video", "qwen3_vl", "qwen3_vl_video", "qwen3_vl_moe", "qwen3_5",
-    "glm46v", "glm46v_video",
+    "paligemma", *UNITS,
 )  # fmt: skip
 THUMBNAIL = ("llava_next", "llava_next_video", "llava_next_video_image", "llava_onevision", "llava_onevision_video")
 SALIENT = ("fastervlm", "scope", "vispruner", "hiprune", "holov", "vscan", "visionzip", "fastvid", "holitom")
@@ -85,6 +88,7 @@ def refusing(family: str) -> set[str]:
             or (name.startswith("prumerge") and family not in PROJECTOR)
             or (method.name == "globalcom2" and family not in THUMBNAIL)
             or (method.name == "intower" and family not in REDUCES)
+            or (method.name == "pixelprune" and family not in UNITS)
         ):
             found.add(name)
     return found

@@ -55,6 +55,12 @@ class Row:
         lengths = [layout.length for layout in self.layouts]
         return nn.utils.rnn.pad_sequence(list(means[self.place].split(lengths)), batch_first=True)
 
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Values of all patches in the order of tokens [T, c], a token's side by side: [P, N, unit * c]."""
+        lengths = [layout.length for layout in self.layouts]
+        each = values.unflatten(0, (-1, self.unit)).flatten(1).split(lengths)
+        return nn.utils.rnn.pad_sequence(list(each), batch_first=True)
+
     def alive(self) -> Tensor:
         """Bool [P, N], True at the units that are there."""
         there = self.place.new_ones(self.units) if self.there is None else self._marks(self.there)

@@ -20,7 +20,7 @@ from vtc.engine.context import Recording, recording_of
 from vtc.engine.row import Row
 from vtc.engine.stages import Hook, StagesOfTower
 from vtc.methods.stages import Step
-from vtc.signals import TowerSignal
+from vtc.signals import Pixels, TowerSignal
 from vtc.tokens import VisualTokens
 
 
@@ -58,13 +58,19 @@ class UnitStages(StagesOfTower):
     def _tokens(self, step: Step, recording: Recording, row: Row, hidden: Tensor) -> VisualTokens:
         """The units of each picture; a picture is an image of its own."""
         pictures = len(row.layouts)
-        needs = [signal for signal in step.stage.needs if isinstance(signal, TowerSignal)]
         of_all = Row(row.unit, row.layouts, row.place, row.counts)  # signals stand at their places already
+        signals = {}
+        for signal in step.stage.needs:
+            if isinstance(signal, TowerSignal):
+                signals[signal.key] = of_all.per_picture(recording[signal][-1][0])
+            elif isinstance(signal, Pixels):
+                pixels = self.adapter.pixels(recording.modality, recording.arguments)
+                signals[signal.key] = row.of_tokens(pixels.to(hidden.device))
         tokens = VisualTokens(
             row.per_picture(hidden.detach()),
             row.layouts,
             (0,) * pictures,  # what is drawn at random must not depend on the other pictures
-            {signal.key: of_all.per_picture(recording[signal][-1][0]) for signal in needs},
+            signals,
             step.axes,
             tuple(range(pictures)),
             entered=row.entered.setdefault(id(step.method), row.counts),

@@ -22,7 +22,7 @@ from vtc.dialect.towers import Tower, blocks_read
 from vtc.errors import UnsupportedModelError
 from vtc.feed import Feed, Picture
 from vtc.methods.base import ModelFacts
-from vtc.signals import TOWER_SIGNALS, Signal, TowerSignal
+from vtc.signals import TOWER_SIGNALS, Pixels, Signal, TowerSignal
 from vtc.tokens import Layout
 
 MODALITIES = ("image", "video")
@@ -152,6 +152,8 @@ class Adapter:
 
     def gives(self, parts: Parts, signal: Signal) -> bool:
         """Whether this very model can give a signal, e.g. ``cls`` only where the vision tower has a CLS token."""
+        if isinstance(signal, Pixels):
+            return self.reduces(parts.base, "image") == "units"
         return not isinstance(signal, TowerSignal) or signal.of(self.tower(parts.base, "image")) is not None
 
     def facts(self, parts: Parts) -> ModelFacts:
@@ -204,6 +206,10 @@ class Adapter:
             arguments: what the encoder was called with.
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell what pictures will be")
+
+    def pixels(self, modality: str, arguments: Mapping[str, Any]) -> Tensor:
+        """What such a tower is fed, patch by patch and token by token: [patches of all pictures, c]."""
+        raise NotImplementedError(f"{type(self).__name__} does not tell what pixels are")
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]

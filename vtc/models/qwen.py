@@ -67,6 +67,10 @@ class Grids(Adapter):
         tower = self.tower(base, modality)
         return "units" if tower is not None and tower.mergers else None
 
+    def pixels(self, modality: str, arguments: Mapping[str, Any]) -> Tensor:
+        found: Tensor = arguments["pixel_values" if modality == "image" else "pixel_values_videos"]
+        return found
+
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:

@@ -38,6 +38,8 @@ def assumptions(
         yield f"After layer {first} {method.name} drops all visual tokens or none, by the question: counted as dropped."
     if method.content_decides:
         yield f"How many tokens {method.name} keeps depends on the picture: counted with the most, keep={method.keep}."
+    if method.name == "pixelprune":
+        yield "How many tokens pixelprune keeps depends on the picture: counted for one that no neighbour predicts."
     if uneven:
         yield (
             "How patches that leave inside the vision tower spread over frames and windows depends on the picture: "
