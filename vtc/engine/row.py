@@ -52,20 +52,21 @@ class Row:
         0 where units left, and behind the end of a picture.
         """
         means = _spread(values.float().unflatten(0, (-1, self.unit)).mean(1), self.there, self.units)
-        lengths = [layout.length for layout in self.layouts]
-        return nn.utils.rnn.pad_sequence(list(means[self.place].split(lengths)), batch_first=True)
+        return self._padded(means[self.place.to(means.device)])
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Values of all patches in the order of tokens [T, c], a token's side by side: [P, N, unit * c]."""
-        lengths = [layout.length for layout in self.layouts]
-        each = values.unflatten(0, (-1, self.unit)).flatten(1).split(lengths)
-        return nn.utils.rnn.pad_sequence(list(each), batch_first=True)
+        return self._padded(values.unflatten(0, (-1, self.unit)).flatten(1))
 
     def alive(self) -> Tensor:
         """Bool [P, N], True at the units that are there."""
         there = self.place.new_ones(self.units) if self.there is None else self._marks(self.there)
+        return self._padded(there[self.place]).bool()
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """Tokens [U, ...] picture by picture: [P, N, ...]."""
         lengths = [layout.length for layout in self.layouts]
-        return nn.utils.rnn.pad_sequence(list(there[self.place].split(lengths)), batch_first=True).bool()
+        return nn.utils.rnn.pad_sequence(list(tokens.split(lengths)), batch_first=True)
 
     def keep(self, mask: Tensor, counts: Sequence[int]) -> Tensor:
         """Let all others leave.
@@ -79,7 +80,9 @@ class Row:
         """
         width = mask.shape[1]
         ends = [range(p * width, p * width + layout.length) for p, layout in enumerate(self.layouts)]
-        tokens = torch.tensor([*itertools.chain(*ends)]).to(mask.device, non_blocking=True)
+        device = self.place.device
+        tokens = torch.tensor([*itertools.chain(*ends)]).to(device, non_blocking=True)
+        mask = mask.to(device)
         marks = torch.zeros_like(self.place, dtype=torch.bool).scatter(0, self.place, mask.flatten()[tokens])
         marks = marks if self.there is None else marks[self.there]
         stays = (~marks).to(torch.int8).argsort(stable=True)[: sum(counts)]
@@ -160,4 +163,4 @@ def _spread(rows: Tensor, where: Tensor | None, length: int) -> Tensor:
     """Rows [K, ...] at ``where`` [K] of [length, ...]; ``None``: everywhere."""
     if where is None or len(rows) == length:
         return rows
-    return rows.new_zeros(length, *rows.shape[1:]).index_copy(0, where, rows)
+    return rows.new_zeros(length, *rows.shape[1:]).index_copy(0, where.to(rows.device), rows)

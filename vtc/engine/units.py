@@ -39,7 +39,7 @@ class UnitStages(StagesOfTower):
         row = _row(recording)
         kept = step.reduce(self._tokens(step, recording, row, hidden))
         assert kept.features is None  # or it was refused
-        return hidden[row.keep(kept.mask, kept.counts)]
+        return hidden[row.keep(kept.mask, kept.counts).to(hidden.device)]
 
     def _row(self, recording: Recording, hidden: Tensor) -> Row:
         base, modality, arguments = self.parts.base, recording.modality, recording.arguments
@@ -50,8 +50,8 @@ class UnitStages(StagesOfTower):
                 f"{modality}s of {total} tokens are not the {len(hidden)} patches that the vision tower was given, "
                 f"{self.tower.unit} to a token; encode them with the model's own get_{modality}_features"
             )
-        # sent the way of the features, the number of each unit says where it goes (exact: they are equal in a unit)
-        numbers = torch.arange(total, device=hidden.device, dtype=torch.float64).repeat_interleave(self.tower.unit)
+        # sent the way of the features, the number of each unit says where it goes (exact: equal in a unit, below 2**24)
+        numbers = torch.arange(total, device=hidden.device, dtype=torch.float32).repeat_interleave(self.tower.unit)
         place = torch.cat(self.adapter.per_token(base, modality, numbers[None], layouts, arguments)).long()
         return Row(self.tower.unit, tuple(layouts), place, tuple(layout.length for layout in layouts))
 
@@ -77,7 +77,7 @@ class UnitStages(StagesOfTower):
         )
         if row.there is None:
             return tokens
-        return replace(tokens, alive=row.alive(), alive_counts=row.counts)
+        return replace(tokens, alive=row.alive().to(hidden.device), alive_counts=row.counts)
 
     def cut(self, call: Given, recording: Recording) -> None:
         """The rotary embedding and the ends of sequences."""
