@@ -2,6 +2,7 @@
 
 From their block on, the keys of patches that left are masked. What stands in their places where they come back is
 computed here with loops. Where patches merge, what stands there then is overheard, and written into the whole tower.
+Towers with one row for all pictures are in masked_units.py.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from masked_units import BlindUnits, overheard_units
 from torch import Tensor
 
 from vtc.engine.context import recording_of
 from vtc.engine.passage import Departure
-from vtc.engine.tower import TowerStages
+from vtc.engine.patches import PatchStages
 from vtc.methods.stages import Kept, Step
 from vtc.models import resolve
 from vtc.places import Tower
@@ -55,11 +57,11 @@ def overheard_departures() -> Iterator[Departures]:
     at: list[Any] = []
     merged: list[Any] = []
     reducing = Step.reduce
-    before, of = TowerStages.before_block, Departure.of.__func__  # type: ignore[attr-defined]
+    before, of = PatchStages.before_block, Departure.of.__func__  # type: ignore[attr-defined]
 
-    def before_block(self: Any, tower: Any, index: int, *args: Any) -> Any:
+    def before_block(self: Any, index: int, *args: Any) -> Any:
         at[:] = [self, index]
-        return before(self, tower, index, *args)
+        return before(self, index, *args)
 
     def reduce(step: Step, tokens: Any, *args: Any, **kwargs: Any) -> Kept:
         kept = reducing(step, tokens, *args, **kwargs)
@@ -80,9 +82,12 @@ def overheard_departures() -> Iterator[Departures]:
         stages.append(Departed(index, dead, restores, *merged))
         return of(cls, mask, k, state, restores)
 
-    with pytest.MonkeyPatch.context() as patch:
+    def noting(modality: str, block: int, dead: Tensor) -> None:
+        found.setdefault(modality, []).append(Departed(block, dead, False))
+
+    with pytest.MonkeyPatch.context() as patch, overheard_units(noting):
         patch.setattr(Step, "reduce", reduce)
-        patch.setattr(TowerStages, "before_block", before_block)
+        patch.setattr(PatchStages, "before_block", before_block)
         patch.setattr(Departure, "of", classmethod(departing))
         yield found
 
@@ -99,19 +104,24 @@ class BlindTower:
         self.states: dict[int, Tensor] = {}
         self.ending: tuple[Any, ...] = (None, None)
         self.alive: Tensor | None = None
+        tower = self.adapter.tower(self.parts.base, "image")
+        self.units = BlindUnits(model, tower) if tower is not None and tower.packed else None
 
     @contextmanager
     def sample(self) -> Iterator[None]:
         """The next one. Its images may be encoded several times."""
         base, hooks = self.parts.base, []
-        with pytest.MonkeyPatch.context() as patch:
+        with ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            if self.units is not None and self.departures:
+                stack.enter_context(self.units.hiding())
             done: set[Any] = set()
             for modality in MODALITIES if self.departures else ():
                 name = f"get_{modality}_features"
                 if (encode := getattr(base, name, None)) is not None:
                     patch.setitem(base.__dict__, name, self._encoding(modality, encode))
                 tower = self.adapter.tower(base, modality)
-                if tower is not None and tower.module not in done:
+                if tower is not None and self.units is None and tower.module not in done:
                     done.add(tower.module)
                     hooks += self._hook(tower)
             try:
@@ -128,6 +138,11 @@ class BlindTower:
         def call(*args: Any, **kwargs: Any) -> Any:
             before, self.now = self.now, self.now or modality  # one encoder may call another
             try:
+                if self.units is not None and before is None:
+                    first = self.first[modality]
+                    self.count[modality] = count = self.units.count(lambda: encode(*args, **kwargs))
+                    stages = self.departures.get(modality, [])
+                    self.units.hide([(stage.block, stage.dead[first : first + count]) for stage in stages])
                 return encode(*args, **kwargs)
             finally:
                 self.now = before

@@ -33,6 +33,7 @@ from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm, ReceivedAttention, SelectorWeights
 from vtc.methods.intower import InTower
 from vtc.methods.merge import Merge
+from vtc.methods.pixelprune import PixelPrune
 from vtc.methods.prumerge import PruMerge
 from vtc.methods.prumerge_plus import PruMergePlus
 from vtc.methods.pyramiddrop import PyramidDrop
@@ -83,6 +84,7 @@ __all__ = [
     "Merge",
     "Method",
     "Patch",
+    "PixelPrune",
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",

@@ -11,8 +11,8 @@ from vtc.dialect.generation import wrapped_methods
 from vtc.dialect.releases import warn_if_untested
 from vtc.engine.calibration import Calibrator
 from vtc.engine.choosing import Chooser, needs_of
+from vtc.engine.patches import instead_of_holes, unfit_for_masks
 from vtc.engine.probe import unfit_for, unfit_for_bias, unfit_tower
-from vtc.engine.tower import instead_of_holes, unfit_for_masks
 from vtc.handle import patch_of
 from vtc.methods import Method, make_method
 from vtc.methods.registry import blind_methods
@@ -20,7 +20,7 @@ from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts, UnsupportedModelError
 from vtc.models.base import MODALITIES
 from vtc.places import Projector, Tower
-from vtc.signals import DecoderSignal, TowerSignal
+from vtc.signals import DecoderSignal, Pixels, TowerSignal
 from vtc.values import shown
 
 
@@ -141,7 +141,9 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
     name, at = type(parts.root).__name__, step.stage.at
     if isinstance(at, Tower):
         _check_tower(adapter, parts, step, at)
-    missing = [signal.key for signal in needs_of(step) if not adapter.gives(parts, signal)]
+    behind = not isinstance(at, Tower)  # pixels are known in front of the tower, and nowhere else
+    needs = needs_of(step)
+    missing = [s.key for s in needs if not adapter.gives(parts, s) or (behind and isinstance(s, Pixels))]
     if not missing:
         return
     method = step.method
@@ -188,7 +190,18 @@ def _check_tower(adapter: Adapter, parts: Parts, step: Step, at: Tower) -> None:
             f"the vision tower of this {name}, and {fault}. What would work: attn_implementation='sdpa' or 'eager'; or "
             "proportional=False"
         )
-    late = [s.key for s in step.stage.needs if not isinstance(s, TowerSignal) or not 0 <= s.index(tower) < at.block]
+    if way == "units" and at.restore:
+        raise ValueError(
+            f"{method.name!r} would bring patches back behind the vision tower (restore=True), and in this {name} they "
+            "leave with the token that they are made into; restore=None, or False, drops it"
+        )
+    if way == "units" and method.merges:
+        raise ValueError(
+            f"{method.name!r} merges inside the vision tower, and in this {name} a token is {tower.unit} rows there, "
+            "which one new value cannot stand for. What would work: a method that only chooses, e.g. vtc.InTower()"
+        )
+    needs = [s for s in step.stage.needs if not isinstance(s, Pixels)]
+    late = [s.key for s in needs if not isinstance(s, TowerSignal) or not 0 <= s.index(tower) < at.block]
     if late:
         raise ValueError(
             f"{method.name!r} needs {', '.join(map(repr, late))} before block {at.block} of the vision tower, where "

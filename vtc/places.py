@@ -39,10 +39,13 @@ class Place:
 class Tower(Place):
     """Inside the vision tower: patches leave, and later blocks do not see them.
 
+    In the Qwen-VL line and GLM-V what leaves are the patches of a token, and the token with them: nothing comes back.
+
     Attributes:
         block: how many blocks run before; 0: before the tower.
         restore: patches that left come back behind the tower, moved as their nearest neighbours among those that
-            stayed, so that every token is there again; ``None``: only where a token is made of several patches.
+            stayed, so that every token is there again; ``None``: only where a token is made of several patches that
+            stand apart.
         proportional: what was merged here weighs as a key what it stands for: log(size) is added to the logits of
             attention, in every block behind.
     """

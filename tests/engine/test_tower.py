@@ -316,7 +316,10 @@ class At(vtc.Method):
 @pytest.mark.parametrize(
     ("family", "method", "words"),
     [
-        ("qwen2_vl", vtc.InTower(rule="diverse", after=1), "not built so that vtc could"),
+        ("qwen2_vl", vtc.InTower(rule="diverse", after=1, restore=True), "with the token that they are made into"),
+        ("qwen3_vl", vtc.InTower(rule="diverse", after=3), "before block 3 .* nothing would be saved. Blocks 0 to 2"),
+        ("qwen3_vl", Melting(), "a token is 4 rows there"),
+        ("mistral3", vtc.InTower(rule="diverse", after=1), "not built so that vtc could"),
         ("llava_pixtral", vtc.InTower(rule="diverse", after=1), "not built so that vtc could"),
         ("gemma4", vtc.InTower(rule="diverse", after=1), "not built so that vtc could"),
         ("llava", vtc.InTower(after=7), "before block 7 .* nothing would be saved. Blocks 0 to"),

@@ -144,6 +144,12 @@ def test_what_vllm_cannot_do_is_refused_with_the_reason(llava, entry, said):
         settle(llava, read(entry))
 
 
+@pytest.mark.parametrize("entry", [{"method": "pixelprune"}, {"method": "intower", "options": {"rule": "received"}}])
+def test_vllm_runs_towers_of_its_own(qwen, entry):
+    with pytest.raises(ValueError, match="inside the vision tower"):
+        settle(qwen, read(entry))
+
+
 @pytest.mark.parametrize("name", ["fastervlm", "hiprune", "divprune"])
 def test_vllm_gives_no_attention_that_patches_receive(qwen, name):
     options = {"centered": True} if name == "divprune" else {}
@@ -238,10 +244,11 @@ def test_a_bad_keep_of_a_request(keep):
 # ------------------------------------------------------------------------------------------------- counts and selection
 
 OURS = [name for name in list_methods() if method_class(name).__module__.startswith("vtc.")]  # tests register others
-INSIDE = ("chain", "transprune", "fastv", "pyramiddrop", "sparsevlm", "dart", "intower", "tome", "evit")
+INSIDE = ("chain", "transprune", "fastv", "pyramiddrop", "sparsevlm", "dart")
+IN_TOWER = ("intower", "tome", "evit", "pixelprune", "zero-tprune")
 LOOKING = ("globalcom2", "fastervlm", "scope", "vispruner", "hiprune", "holov")
 MERGING = ("visionzip", "prumerge", "prumerge+", "vscan", "merge", "fastvid", "holitom")
-NOT_PLAIN = (*INSIDE, *LOOKING, *MERGING, "adaptive")
+NOT_PLAIN = (*INSIDE, *IN_TOWER, *LOOKING, *MERGING, "adaptive")
 PLAIN = [name for name in OURS if name not in NOT_PLAIN]
 
 

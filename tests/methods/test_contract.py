@@ -359,7 +359,7 @@ def test_no_gradient_is_lost_in_silence() -> None:
 def test_places_that_are_not_served_are_refused() -> None:
     for at, word in ((Tower(1), "vision tower"), (Projector(), "projector")):
         own = pairs(at)
-        for family in ("llava_pixtral",) if isinstance(at, Tower) else ("qwen2_5_vl", "idefics3"):
+        for family in ("llava_pixtral", "qwen2_vl") if isinstance(at, Tower) else ("qwen2_5_vl", "idefics3"):
             with pytest.raises(ValueError, match=word):
                 vtc.patch(get_model(family), own(keep=0.5))
 

@@ -206,14 +206,14 @@ def test_sizes_reach_the_language_model() -> None:
         ("paligemma", "needs 'cls'"),
         ("internvl", "what merged cannot be brought back"),
         ("gemma3", "what merged cannot be brought back"),
-        ("qwen2_vl", "not built so that vtc could"),
+        ("qwen2_vl", "a token is 4 rows there"),
     ],
 )
 def test_towers_that_do_not_fit(family: str, said: str) -> None:
     reason = refusal(get_model(family), EViT(keep=0.5))
     assert reason is not None
     assert said in reason
-    assert 'vtc.InTower(rule="received")' in reason
+    assert "vtc.InTower(" in reason
 
 
 def test_no_gradient_is_lost_in_silence() -> None:

@@ -64,9 +64,13 @@ WITH_CLS = (
     "internvl",
 )  # fmt: skip
 PROJECTOR = ("llava", "llava_adjacent", "vipllava", "llava_next")  # a patch becomes a token there
-REDUCES = (  # one sequence a picture in the tower
+UNITS = (  # one sequence for all pictures in the tower, in which the patches of a token stand together
+    "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_video", "qwen3_vl", "qwen3_vl_video", "qwen3_vl_moe", "qwen3_5", "glm46v",
+    "glm46v_video",
+)  # fmt: skip
+REDUCES = (  # one sequence a picture there, or such units
     *WITH_CLS, "llava_onevision", "llava_onevision_video", "idefics3", "smolvlm", "gemma3", "gemma3_window8",
-    "paligemma",
+    "paligemma", *UNITS,
 )  # fmt: skip
 OTHERS = ("llava_next_video", "llava_next_video_image", "video_llava")
 MERGES = (*PROJECTOR, *OTHERS, "paligemma")  # a patch is a token there
@@ -88,6 +92,7 @@ def refusing(family: str) -> set[str]:
             or (method.name == "intower" and family not in REDUCES)
             or (method.name == "tome" and family not in MERGES)
             or (method.name == "evit" and family not in (*PROJECTOR, *OTHERS))
+            or (method.name == "pixelprune" and family not in UNITS)
         ):
             found.add(name)
     return found

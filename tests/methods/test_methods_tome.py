@@ -22,7 +22,7 @@ from torch import Tensor
 from zoo import FAMILIES, GREEDY, get_model, make_batch
 
 import vtc
-import vtc.engine.tower
+import vtc.engine.patches
 import vtc.methods.tome
 from vtc import ToMe
 from vtc.config import CompressionConfig
@@ -336,7 +336,7 @@ def test_attention_that_adds_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
         vtc.patch(model, ToMe(proportional=False)).unpatch()
         modules.set_attention(config, "sdpa")
         with vtc.patch(model, ToMe()):
-            monkeypatch.setattr(vtc.engine.tower, "attention_of", lambda config: "flash_attention_2")
+            monkeypatch.setattr(vtc.engine.patches, "attention_of", lambda config: "flash_attention_2")
             with torch.no_grad(), pytest.raises(RuntimeError, match=r"was switched.*'flash_attention_2'"):
                 model(**batch)
     finally:

@@ -126,6 +126,37 @@ def test_flops_are_those_that_torch_counts(name):
     assert encoder.projection(feed).flops == pytest.approx(projected, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "glm46v", "qwen3_5"])
+@torch.no_grad()
+def test_flops_are_those_that_torch_counts_where_patches_leave_inside_the_tower(name):
+    model, (picture, settings) = eager(name), PICTURES[name]
+    method = vtc.InTower(rule=vtc.Random(), keep=0.5, after=1)  # whose draw is no product of matrices
+    sample = zoo.make_batch(name, (1, 1), padding="none").samples[1]
+    with vtc.patch(model, method), FlopCounterMode(display=False, depth=None) as counter:
+        model(**sample, logits_to_keep=1)
+    counted = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
+    tower = tower_of(resolve(model)[1], picture.modality)
+    e = estimate(model, (picture.width, picture.height), method=method, text=8, settings=settings)
+    found = counted[next(path for path, module in model.named_modules() if module is tower)]
+    early = 0  # a merger that runs before anything leaves, and is counted as if it came behind
+    if name == "qwen3_vl":
+        early = 2 * 5 * 128 * (128 + 32)  # of 9 units, 5 leave
+    assert e.vision_pruned.flops == pytest.approx(found - early, rel=1e-3)
+    assert e.vision_pruned.flops < e.vision.flops
+    assert not any("frames and windows" in note for note in e.notes)
+
+
+def test_units_that_leave_are_spread_evenly_over_frames_and_windows():
+    config = CONFIGS["qwen2.5-vl-3b"]()
+    none, half = (
+        estimate(config, (1036, 1036), method=vtc.InTower(keep=keep, rule="diverse", after=8)) for keep in (1.0, 0.5)
+    )
+    assert none.vision_pruned.flops == none.vision.flops
+    assert 0.6 < half.vision_pruned.flops / half.vision.flops < 0.65  # 8 of 32 blocks whole, the others half and less
+    assert half.pruned.visual[0] == half.visual_tokens // 2
+    assert any("frames and windows" in note for note in half.notes)
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl_moe", "gemma3_window8", "gemma4", "glm46v"])
 @torch.no_grad()
 def test_decode_flops_and_cache_are_those_of_a_real_step(name):

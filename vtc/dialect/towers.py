@@ -26,6 +26,8 @@ class Tower:
         packed: the patches of all pictures stand in one row, which attention then cuts.
         projector: where a patch becomes a token of the language model, if one does by itself.
         module: what is called with pixels.
+        unit: of a packed tower, how many consecutive patches become a token inside it.
+        mergers: where they do, each [patches, width] -> [tokens, d]: at its end, and for DeepStack.
     """
 
     layers: tuple[nn.Module, ...]
@@ -33,6 +35,8 @@ class Tower:
     packed: bool = False
     projector: nn.Module | None = None
     module: nn.Module | None = None
+    unit: int = 1
+    mergers: tuple[nn.Module, ...] = ()
 
     @classmethod
     def of(cls, tower: nn.Module | None, projector: nn.Module | None = None) -> Tower | None:
@@ -46,7 +50,14 @@ class Tower:
             has_cls = (getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token"))
             return cls(tuple(map(uncompiled, layers)), int(any(has_cls)), projector=projector, module=called)
         rows = getattr(tower, "blocks", None) or getattr(getattr(tower, "transformer", None), "layers", None)
-        return cls(tuple(map(uncompiled, rows)), 0, packed=True, module=called) if rows else None
+        if not rows:
+            return None
+        last: Any = getattr(tower, "merger", None)
+        early: Any = getattr(tower, "deepstack_merger_list", None) or ()
+        mergers = () if last is None else tuple(map(uncompiled, (last, *early)))
+        config: Any = getattr(tower, "config", None)
+        unit = config.spatial_merge_size**2 if mergers else 1
+        return cls(tuple(map(uncompiled, rows)), 0, packed=True, module=called, unit=unit, mergers=mergers)
 
     def attention(self, layer: int) -> nn.Module | None:
         """The attention of a layer, where it has projections of its own for queries and keys, or one for both."""

@@ -21,6 +21,7 @@ from vtc.engine.inside import LayerState
 from vtc.engine.keys import Keys
 from vtc.engine.locate import Encoded
 from vtc.engine.passage import Passage
+from vtc.engine.row import Row
 from vtc.signals import TowerSignal
 
 
@@ -113,14 +114,14 @@ class Recording(dict[TowerSignal, list[Tensor]]):
         modality: what is encoded, ``image`` or ``video``.
         arguments: what the encoder is called with, by name.
         passage: the run of the tower that is under way, if patches have left in it.
-        passed: those that are over.
+        passed: those that are over, of towers with a row for each picture.
         left: patches that left of each picture and are not restored (host integers).
     """
 
     def __init__(self, owner: Any, modality: str, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self.owner, self.modality, self.arguments = owner, modality, arguments
-        self.passage: Passage | None = None
+        self.passage: Passage | Row | None = None
         self.passed: list[Passage] = []
         self.left: list[int] = []
 

@@ -1,41 +1,30 @@
 """Stages inside the vision tower: patches leave between two of its blocks, and later blocks do not see them.
 
-Of every picture equally many stay, so that the tower stays rectangular and nobody waits for the device. Behind the
-tower every place is there again, so that whoever drops CLS rows, pools, packs mosaics or counts placeholders needs to
-know nothing. What stands in the places of those that left depends:
+Behind the tower every place is there again, so that whoever drops CLS rows, pools, packs mosaics or counts placeholders
+needs to know nothing. What stands in the places of those that left depends:
 
 - *drop*: zeros, which are not projected. Which places those are travels the way of the features, and at the entrance
   of the language model they leave.
 - *restore*: their state when they left, moved by the mean of what their nearest neighbours among the others became.
-  They are tokens like any other. The only way where a token is made of several patches.
+  They are tokens like any other. Where a token is made of several patches that stand apart, it is the only way.
 
-All state is in the recording of the encoder that runs (:class:`vtc.engine.context.Recording`). Without one, nobody
-would hear what left: then the tower runs whole.
+Towers come in two kinds: a row for each picture (:mod:`vtc.engine.patches`), or one for all of them, in which the
+patches of a token stand together and leave together (:mod:`vtc.engine.units`).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vtc.dialect import attention
-from vtc.dialect.arguments import HIDDEN, MASK
-from vtc.dialect.modules import adds_masks, attention_of
-from vtc.dialect.towers import Tower, given_to, rewrite_states, spelling
-from vtc.engine.context import Recording, recording_of
-from vtc.engine.passage import Departure, Passage, wide
-from vtc.engine.plan import check_no_gradient
-from vtc.methods import Method
+from vtc.engine.patches import PatchStages
+from vtc.engine.stages import Hook
+from vtc.engine.units import UnitStages
 from vtc.methods.stages import Step
 from vtc.models import Adapter, Parts
-from vtc.models.base import MODALITIES, square
-from vtc.signals import LEFT, SIZE, TowerSignal
-from vtc.tokens import Layout, VisualTokens
+from vtc.models.base import MODALITIES
+from vtc.signals import TowerSignal
 
 
 class TowerStages:
@@ -57,195 +46,15 @@ class TowerStages:
         self.passing = tuple(own - set(travelling))
         """Signals that nobody asks for behind the tower."""
 
-    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any], bool]]:
+    def hooks(self) -> Iterator[Hook]:
         """Module, hook, and whether it comes before the module runs."""
         if not self.steps:
             return
-        first = self.steps[0].stage.at.depth
         done: set[nn.Module] = set()
         for modality in MODALITIES:
             tower = self.adapter.tower(self.parts.base, modality)
             if tower is None or tower.module is None or tower.module in done:
                 continue
             done.add(tower.module)
-            for index, block in enumerate(tower.layers):
-                if index >= first:
-                    yield block, functools.partial(self.before_block, tower, index), True
-            yield tower.layers[-1], self.after_last_block, False
-            yield tower.module, self.after_tower, False
-            if tower.projector is not None:
-                yield tower.projector, self.before_projector, True
-                yield tower.projector, self.after_projector, False
-
-    # -- in the tower ---------------------------------------------------------------------------------------------
-
-    def before_block(
-        self, tower: Tower, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Let patches leave, and cut the mask that the block was given for all of them."""
-        if (recording := recording_of(self.parts)) is None:
-            return None
-        if attention.is_checkpointed(block):
-            raise NotImplementedError(
-                "training runs the vision tower a second time for its gradients (gradient checkpointing), and what "
-                "left in it would have to leave again; switch that off for the tower, or use a method that drops "
-                "tokens behind it, e.g. 'divprune'"
-            )
-        call = given_to(block, args, kwargs)
-        hidden = call[HIDDEN]
-        for step in self.steps:
-            if step.stage.at.depth == index:
-                hidden = self._reduced(tower, step, recording, hidden)
-        passage = recording.passage
-        if passage is None or passage.there is None:
-            return None
-        call[HIDDEN] = hidden
-        if isinstance(mask := call[MASK], Tensor) and mask.shape[-1] == tower.special + passage.patches:
-            call[MASK] = passage.seen(mask)
-        if passage.proportional and passage.size is not None:
-            call[MASK] = self._weighed(tower, index, passage, call[MASK], hidden)
-        return call.positional
-
-    def _reduced(self, tower: Tower, step: Step, recording: Recording, hidden: Tensor) -> Tensor:
-        if recording.passage is None:
-            restores = self._restores(step, recording.modality)
-            recording.passage = Passage(tower.special, hidden.shape[1] - tower.special, restores)
-        passage = recording.passage
-        state = hidden[:, tower.special :]
-        tokens = self._tokens(step, recording, passage, state)
-        kept = step.reduce(tokens)
-        if len(set(kept.counts)) > 1:
-            raise ValueError(
-                f"{step.method.name!r} would keep {sorted(set(kept.counts))} patches of pictures of one size, and a "
-                "vision tower needs equally many of each"
-            )
-        if kept.features is not None:
-            check_no_gradient(step.method.name, state)
-            new, where = kept.features, kept.written
-            assert where is not None
-            full = torch.where(where[..., None], new.to(state.dtype), passage.spread(state))
-            state = full if passage.there is None else full.gather(1, wide(passage.there, full.shape[2]))
-            if kept.size is not None:
-                before = torch.ones_like(kept.size) if passage.size is None else passage.size
-                passage.size = torch.where(where, kept.size, before)
-                passage.proportional |= step.stage.at.proportional  # type: ignore[attr-defined]
-        mask = kept.mask if passage.there is None else kept.mask.gather(1, passage.there)
-        k = kept.counts[0]
-        departure = Departure.of(mask, k, state.detach(), passage.restores)
-        passage.departures.append(departure)
-        passage.there = departure.stays if passage.there is None else passage.there.gather(1, departure.stays)
-        state = state.gather(1, wide(departure.stays, state.shape[2]))
-        return torch.cat([hidden[:, : tower.special], state], 1)
-
-    def _weighed(self, tower: Tower, index: int, passage: Passage, mask: Tensor | None, hidden: Tensor) -> Tensor:
-        if (reason := unfit_for_masks(tower, index)) is not None:
-            raise RuntimeError(f"since vtc.patch, that of the vision tower was switched, and {reason}; switch it back")
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        given = isinstance(mask, Tensor) and mask.is_floating_point()
-        return passage.weighed(mask, mask.dtype if mask is not None and given else dtype)
-
-    def _restores(self, step: Step, modality: str) -> bool:
-        at: Any = step.stage.at
-        must = self.adapter.reduces(self.parts.base, modality) == "restore"
-        if must and at.restore is False:
-            raise ValueError(
-                f"{step.method.name!r} would leave holes where one token of a {modality} is made of several patches; "
-                + instead_of_holes(step.method)
-            )
-        return must if at.restore is None else at.restore
-
-    def _tokens(self, step: Step, recording: Recording, passage: Passage, state: Tensor) -> VisualTokens:
-        """The patches of all pictures, each at its place; a picture is an image of its own."""
-        pictures, n = len(state), passage.patches
-        now = (state.shape[1],) * pictures
-        tokens = VisualTokens(
-            passage.spread(state.detach()),
-            (Layout.plain(n, square(n)),) * pictures,
-            (0,) * pictures,  # what is drawn at random must not depend on the other pictures
-            {signal.key: recording[signal][-1] for signal in step.stage.needs if isinstance(signal, TowerSignal)},
-            step.axes,
-            tuple(range(pictures)),
-            entered=passage.entered.setdefault(id(step.method), now),
-            size=passage.size,
-        )
-        if passage.there is None:
-            return tokens
-        alive = torch.zeros(pictures, n, dtype=torch.bool, device=state.device).scatter(1, passage.there, True)
-        return replace(tokens, alive=alive, alive_counts=now)
-
-    # -- behind it ------------------------------------------------------------------------------------------------
-
-    def after_last_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """All places again, before norms and poolings that would take what is missing for something else."""
-        if (recording := recording_of(self.parts)) is None or (passage := recording.passage) is None:
-            return None
-        if isinstance(output, tuple):
-            return (passage.whole(output[0]), *output[1:])
-        return passage.whole(output)
-
-    def after_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """All places in every state that was recorded, and word of those that left."""
-        if (recording := recording_of(self.parts)) is None or (passage := recording.passage) is None:
-            return
-        rewrite_states(output, passage.whole)
-        assert passage.there is not None
-        pictures, left = len(passage.there), passage.patches - passage.there.shape[1]
-        if passage.restores:
-            gone = torch.zeros(pictures, passage.patches, device=passage.there.device)
-        else:
-            gone = torch.ones(pictures, passage.patches, device=passage.there.device).scatter(1, passage.there, 0.0)
-        recording.setdefault(LEFT, []).append(gone)
-        if passage.size is not None:
-            recording.setdefault(SIZE, []).append(passage.size.masked_fill(gone > 0, 0.0))
-        recording.left += [0 if passage.restores else left] * pictures
-        for signal in self.passing:
-            recording.pop(signal, None)
-        recording.passed.append(passage)
-        recording.passage = None
-
-    def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Zeros need no projecting."""
-        passage = self._dropped(args)
-        if passage is None:
-            return None
-        passage.front = args[0].shape[1] - passage.patches
-        return (args[0].gather(1, wide(passage.columns(passage.front), args[0].shape[2])), *args[1:]), kwargs
-
-    def after_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """They come back behind it."""
-        recording = recording_of(self.parts)
-        passage = recording.passed[0] if recording is not None and recording.passed else None
-        if passage is None or (front := passage.front) is None:
-            return None
-        passage.front = None
-        out = output.new_zeros(len(output), front + passage.patches, output.shape[2])
-        return out.scatter(1, wide(passage.columns(front), output.shape[2]), output)
-
-    def _dropped(self, args: tuple[Any, ...]) -> Passage | None:
-        """The passage whose pictures enter the projector, each with all of its places."""
-        recording = recording_of(self.parts)
-        if recording is None or len(recording.passed) != 1 or not args or not isinstance(args[0], Tensor):
-            return None
-        passage, given = recording.passed[0], args[0]
-        assert passage.there is not None
-        fits = given.dim() == 3 and len(given) == len(passage.there)
-        fits = fits and given.shape[1] - passage.patches in (0, passage.special)
-        return None if passage.restores or not fits else passage
-
-
-def unfit_for_masks(tower: Tower, block: int) -> str | None:
-    """Why nothing can be added to the logits of a block's attention, ``None`` if a mask can do it."""
-    attends = tower.attention(block)
-    config = getattr(attends, "config", None) or getattr(tower.module, "config", None)
-    if not adds_masks(found := attention_of(config)):
-        return f"the attention implementation {found!r} adds no mask to the logits"
-    blind = next((m for m in (tower.layers[block], attends) if m is not None and spelling(m).name(MASK) is None), None)
-    return None if blind is None else f"its {type(blind).__name__} takes no mask"
-
-
-def instead_of_holes(method: Method) -> str:
-    """What would work for a method where one token is made of several patches."""
-    if hasattr(method, "restore"):
-        return "restore=True, or None, brings them back behind the tower"
-    return f"what merged cannot be brought back. What would work: {method.remedy}"
+            kind = UnitStages if tower.packed else PatchStages
+            yield from kind(self.adapter, self.parts, tower, self.steps, self.passing).hooks()

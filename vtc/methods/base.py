@@ -105,7 +105,7 @@ class ModelFacts:
         signals: kinds of signals of the vision tower that this model can give (see :mod:`vtc.signals`).
         has_thumbnail: its large images are a thumbnail and crops whose places in the image are known.
         tower_depth: blocks of the vision tower that the language model gets to see; 0: patches cannot leave in it.
-        restores: a token is made of several patches: those that leave inside the tower come back behind it.
+        restores: a token is made of several patches that stand apart: those that leave in the tower come back behind.
     """
 
     model_type: str

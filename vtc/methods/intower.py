@@ -40,7 +40,8 @@ class InTower(Method):
     2. Later blocks see only those. Where every patch is a token, the others are no tokens of the prompt either, and
        positions stay as they were. Where a token is made of several patches (Gemma3, Idefics3, SmolVLM, InternVL,
        LLaVA-OneVision), patches that left come back behind the tower, moved by the mean of what their ten nearest
-       neighbours among the others became, and no token leaves by this step.
+       neighbours among the others became, and no token leaves by this step. In the Qwen-VL line and GLM-V the four
+       patches of a token stand together and leave together, and the token leaves with them.
     3. ``then`` chooses among what there is. A float ``keep`` of it is a share of all tokens, those that left here too.
 
     A third of the depth: earlier, the CLS token has not looked at anything yet; later, less is saved.
@@ -49,7 +50,7 @@ class InTower(Method):
         keep: of the patches of each picture, inside the tower.
         rule: which stay; ``None``: ``cls`` where there is a CLS token, else ``received``.
         after: how many blocks run before, an int or a share of those that the language model gets to see.
-        restore: bring patches back behind the tower; ``None``: where a token is made of several.
+        restore: bring patches back behind the tower; ``None``: where a token is made of several that stand apart.
         then: a method for the entrance of the language model; ``None``: all that are left enter it.
     """
 

@@ -22,7 +22,7 @@ from vtc.dialect.towers import Tower, blocks_read
 from vtc.errors import UnsupportedModelError
 from vtc.feed import Feed, Picture
 from vtc.methods.base import ModelFacts
-from vtc.signals import TOWER_SIGNALS, Signal, TowerSignal
+from vtc.signals import TOWER_SIGNALS, Pixels, Signal, TowerSignal
 from vtc.tokens import Layout
 
 MODALITIES = ("image", "video")
@@ -152,6 +152,8 @@ class Adapter:
 
     def gives(self, parts: Parts, signal: Signal) -> bool:
         """Whether this very model can give a signal, e.g. ``cls`` only where the vision tower has a CLS token."""
+        if isinstance(signal, Pixels):
+            return self.reduces(parts.base, "image") == "units"
         return not isinstance(signal, TowerSignal) or signal.of(self.tower(parts.base, "image")) is not None
 
     def facts(self, parts: Parts) -> ModelFacts:
@@ -188,11 +190,26 @@ class Adapter:
         """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""
         return None
 
-    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore", "units"] | None:
         """How patches may leave inside the vision tower: ``drop`` where each is a token by itself, ``restore`` where a
-        token is made of several; ``None``: not at all.
+        token is made of several that stand apart, ``units`` where those stand together in one row (see
+        :meth:`pictures`); ``None``: not at all.
         """
         return None
+
+    def pictures(self, base: Any, modality: str, arguments: Mapping[str, Any]) -> list[Layout]:
+        """The structure of each picture's tokens, known before the tower has run: where it ``reduces`` in units.
+
+        Args:
+            base: the base model.
+            modality: ``image`` or ``video``.
+            arguments: what the encoder was called with.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell what pictures will be")
+
+    def pixels(self, modality: str, arguments: Mapping[str, Any]) -> Tensor:
+        """What such a tower is fed, patch by patch and token by token: [patches of all pictures, c]."""
+        raise NotImplementedError(f"{type(self).__name__} does not tell what pixels are")
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]

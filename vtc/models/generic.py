@@ -101,7 +101,7 @@ class PrefixLM(Adapter):
     def tower(self, base: Any, modality: str) -> Tower | None:
         return Tower.of(base.vision_tower)
 
-    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore"] | None:
+    def reduces(self, base: Any, modality: str) -> Literal["drop", "restore", "units"] | None:
         return "restore" if base.config.model_type == "gemma3" else "drop"  # Gemma3 pools
 
     def per_token(

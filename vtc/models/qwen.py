@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,10 +41,15 @@ class Grids(Adapter):
         grids = arguments.get(f"{modality}_grid_thw")
         if grids is None:
             return super().layouts(base, modality, lengths, arguments)
-        merge = base.config.vision_config.spatial_merge_size
-        sizes = [(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
-        if [t * rows * columns for t, rows, columns in sizes] != lengths:
+        found = self.pictures(base, modality, arguments)
+        if [layout.length for layout in found] != lengths:
             return [Layout.plain(n) for n in lengths]  # e.g. frames handed over one by one
+        return found
+
+    def pictures(self, base: Any, modality: str, arguments: Mapping[str, Any]) -> list[Layout]:
+        merge = base.config.vision_config.spatial_merge_size
+        grids = torch.as_tensor(arguments[f"{modality}_grid_thw"]).tolist()
+        sizes = [(t, h // merge, w // merge) for t, h, w in grids]
         kind: Kind = "image" if modality == "image" else "frame"
         return [
             Layout(
@@ -57,6 +62,14 @@ class Grids(Adapter):
     def tower(self, base: Any, modality: str) -> Tower | None:
         tower = tower_of(base, modality)
         return Tower.of(tower) if knows_order(tower) else None
+
+    def reduces(self, base: Any, modality: str) -> Literal["units"] | None:
+        tower = self.tower(base, modality)
+        return "units" if tower is not None and tower.mergers else None
+
+    def pixels(self, modality: str, arguments: Mapping[str, Any]) -> Tensor:
+        found: Tensor = arguments["pixel_values" if modality == "image" else "pixel_values_videos"]
+        return found
 
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]

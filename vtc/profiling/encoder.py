@@ -68,22 +68,25 @@ class Encoder:
         dense = sum(matrices_of(module, config).dense for module in others)
         return cls(sum(embedding.values()), blocks, merger, pooler, Matrices(dense))
 
-    def vision(self, feed: Feed, batch: int = 1, sequences: Sequence[tuple[int, ...]] | None = None) -> Cost:
+    def vision(
+        self, feed: Feed, batch: int = 1, sequences: Sequence[tuple[int, ...]] | None = None, left: int = 0
+    ) -> Cost:
         """The tower's part, for ``batch`` such images.
 
         Args:
             feed: of the image.
             batch: how many.
             sequences: rows that see each other in each block, where patches leave in between, as far as they are read
-                (those behind run on the same); default: the feed's.
+                (those behind run on the same); default: the feed's. Windows are taken to lose the same share each.
+            left: merged rows that left before they were merged.
         """
         rows = sum(feed.sequences)
-        flops = 2.0 * (self.embedding * feed.patches + self.merger.met * feed.projected)
+        flops = 2.0 * (self.embedding * feed.patches + self.merger.met * (feed.projected - left))
         weights: float = self.embedding + self.merger.dense
         windowed = sum(count * n * n for n, count in feed.windows)
         for at, (matrices, width, narrow) in enumerate(self.blocks):
             there = feed.sequences if sequences is None else sequences[min(at, len(sequences) - 1)]
-            pairs = windowed if narrow else sum(n * n for n in there)
+            pairs = windowed * (sum(there) / rows) ** 2 if narrow else sum(n * n for n in there)
             flops += 2 * matrices.met * sum(there) + 4 * pairs * width
             weights += matrices.read(sum(there) * batch)
         for head in self.pooler:

@@ -20,6 +20,7 @@ from vtc.binding import bind, parse_request
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.costs import Decoder
+from vtc.dialect import towers as inner
 from vtc.dialect.modules import without_adapters
 from vtc.feed import Feed, Picture
 from vtc.methods import Method, ModelFacts
@@ -110,15 +111,18 @@ def estimate(
     if settings is None:
         settings = settings_beside(model, picture.modality) if isinstance(model, (str, os.PathLike)) else {}
     feed = feed_of(parts, picture, settings)
-    layouts = _layouts(adapter, parts, picture, feed)
+    pictures = layouts = _layouts(adapter, parts, picture, feed)
     of_picture = sum(layout.length for layout in layouts)
     if tokens is not None:
         layouts = [Layout.plain(tokens, square(tokens))]
     visual = sum(layout.length for layout in layouts)
     facts = adapter.facts(parts)
     tower = adapter.tower(parts.base, picture.modality)
-    blocks = rows_per_block(chosen, facts, feed, tower.special) if tower is not None and facts.tower_depth else None
-    left = 0 if blocks is None or facts.restores else sum(feed.sequences) - sum(blocks[-1])
+    blocks, left, uneven = None, 0, False
+    if tower is not None and facts.tower_depth:
+        blocks = rows_per_block(chosen, facts, feed, tower, pictures)
+        left = 0 if facts.restores else (sum(feed.sequences) - sum(blocks[-1])) // tower.unit
+        uneven = left > 0 and tower.packed and (len(feed.sequences) > 1 or bool(feed.windows))
     per_layer = tokens_per_layer(chosen, facts, layouts)
     encoder, decoder = Encoder.of(parts, picture.modality), Decoder.of(parts.decoder, root)
     depth = len(decoder.layers)
@@ -134,14 +138,14 @@ def estimate(
         batch=batch,
         vision=encoder.vision(feed, batch),
         projector=encoder.projection(feed, batch),
-        vision_pruned=encoder.vision(feed, batch, blocks),
+        vision_pruned=encoder.vision(feed, batch, blocks, left if tower is not None and tower.mergers else 0),
         projector_pruned=encoder.projection(feed, batch, left),
         full=PromptCost.of(decoder, [visual] * depth, text, batch),
         pruned=PromptCost.of(decoder, per_layer, text, batch),
         text_only=decoder.prefill([text] * depth, batch),
         weight_bytes=2.0 * parameters,
         device=device,
-        notes=tuple(assumptions(chosen, picture, per_layer, of_picture, tokens)),
+        notes=tuple(assumptions(chosen, picture, per_layer, of_picture, tokens, uneven)),
     )
 
 
@@ -174,24 +178,33 @@ def tokens_per_layer(method: Method, facts: ModelFacts, layouts: Sequence[Layout
     return per_layer + [sum(tokens.counts)] * (facts.depth - len(per_layer))
 
 
-def rows_per_block(method: Method, facts: ModelFacts, feed: Feed, special: int) -> list[tuple[int, ...]]:
-    """Rows of each picture in each block of the vision tower that the language model gets to see.
+def rows_per_block(
+    method: Method, facts: ModelFacts, feed: Feed, tower: inner.Tower, pictures: Sequence[Layout]
+) -> list[tuple[int, ...]]:
+    """Rows that see each other in each block of the vision tower that the language model gets to see.
 
     Args:
         method: settled for the model.
         facts: of the model.
         feed: of the image.
-        special: rows of a picture that are no patches.
+        tower: the tower. Where the patches of a token leave together, what stays is spread evenly over frames.
+        pictures: the tokens that the image makes.
     """
+    special = tower.special
     now = given = tuple(n - special for n in feed.sequences)
-    layouts = [Layout.plain(n, square(n)) for n in given]
-    blocks: list[tuple[int, ...]] = []
+    layouts: Sequence[Layout] = [Layout.plain(n, square(n)) for n in given]
+    if tower.packed:
+        layouts, now = pictures, tuple(layout.length for layout in pictures)
+        given = now
+    counts: list[tuple[int, ...]] = []
     for step in steps_of(method, facts):
         if isinstance(step.stage.at, Tower):
-            blocks += [now] * (step.stage.at.block - len(blocks))
+            counts += [now] * (step.stage.at.block - len(counts))
             now = step.counts(layouts, given, now) or now
-    blocks += [now] * (facts.tower_depth - len(blocks))
-    return [tuple(n + special for n in rows) for rows in blocks]
+    counts += [now] * (facts.tower_depth - len(counts))
+    if tower.packed:
+        return [tuple(n * sum(kept) // sum(given) for n in feed.sequences) for kept in counts]
+    return [tuple(n + special for n in kept) for kept in counts]
 
 
 # ------------------------------------------------------------------------------------------------------------- building

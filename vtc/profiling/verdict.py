@@ -14,7 +14,12 @@ LOW_CEILING = 2.0
 
 
 def assumptions(
-    method: Method, picture: Picture, per_layer: Sequence[int], of_picture: int, asked: int | None
+    method: Method,
+    picture: Picture,
+    per_layer: Sequence[int],
+    of_picture: int,
+    asked: int | None,
+    uneven: bool = False,
 ) -> Iterator[str]:
     """What was assumed where an estimate cannot know.
 
@@ -24,6 +29,7 @@ def assumptions(
         per_layer: visual tokens in each layer.
         of_picture: visual tokens that the picture makes.
         asked: visual tokens that were asked for instead, if any.
+        uneven: frames or windows of the vision tower may lose different shares of their patches.
     """
     if asked is not None:
         yield f"{asked} visual tokens as asked for; {picture} makes {of_picture}."
@@ -32,6 +38,13 @@ def assumptions(
         yield f"After layer {first} {method.name} drops all visual tokens or none, by the question: counted as dropped."
     if method.content_decides:
         yield f"How many tokens {method.name} keeps depends on the picture: counted with the most, keep={method.keep}."
+    if method.name == "pixelprune":
+        yield "How many tokens pixelprune keeps depends on the picture: counted for one that no neighbour predicts."
+    if uneven:
+        yield (
+            "How patches that leave inside the vision tower spread over frames and windows depends on the picture: "
+            "counted as spread evenly, and as if all mergers came behind."
+        )
     if method.name == "globalcom2":
         yield "How budgets spread over crops depends on the picture: counted for a picture that shows nothing."
 

@@ -8,6 +8,7 @@ from vtc.signals.base import DecoderSignal, PromptSignal, Signal, TowerSignal
 from vtc.signals.cls import Cls, ClsLogits
 from vtc.signals.columns import Columns
 from vtc.signals.keys import LayerKeys, TowerKeys
+from vtc.signals.pixels import Pixels
 from vtc.signals.rating import Rating
 from vtc.signals.received import Received
 from vtc.signals.rows import Rows, TextRows
@@ -41,6 +42,7 @@ __all__ = [
     "KeysWide",
     "LayerKeys",
     "LayerText",
+    "Pixels",
     "ProjectorInput",
     "PromptSignal",
     "Rating",
