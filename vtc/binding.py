@@ -139,6 +139,11 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
     name, at = type(parts.root).__name__, step.stage.at
     if isinstance(at, Tower):
         _check_tower(adapter, parts, step, at)
+    elif stuck := [s.key for s in step.stage.needs if isinstance(s, TowerSignal) and s.inside]:
+        raise ValueError(
+            f"method {step.method.name!r} needs {', '.join(map(repr, stuck))} at {at}, and only stages inside the "
+            "vision tower can have that; ask at Tower(block)"
+        )
     missing = [signal.key for signal in needs_of(step) if not adapter.gives(parts, signal)]
     if not missing:
         return

@@ -236,7 +236,7 @@ def test_a_bad_keep_of_a_request(keep):
 # ------------------------------------------------------------------------------------------------- counts and selection
 
 OURS = [name for name in list_methods() if method_class(name).__module__.startswith("vtc.")]  # tests register others
-INSIDE = ("chain", "transprune", "fastv", "pyramiddrop", "sparsevlm", "dart", "intower")
+INSIDE = ("chain", "transprune", "fastv", "pyramiddrop", "sparsevlm", "dart", "intower", "zero-tprune")
 LOOKING = ("globalcom2", "fastervlm", "scope", "vispruner", "hiprune", "holov")
 MERGING = ("visionzip", "prumerge", "prumerge+", "vscan", "merge", "fastvid", "holitom")
 NOT_PLAIN = (*INSIDE, *LOOKING, *MERGING, "adaptive")

@@ -40,6 +40,7 @@ SAMPLES: dict[str, vtc.Method] = {
     # inside the vision tower
     "intower": vtc.InTower(keep=0.5, after=1),
     "intower_then": vtc.InTower(rule="diverse", keep=0.6, after=1, then=vtc.DivPrune(keep=0.3)),
+    "zero-tprune": vtc.ZeroTPrune(keep=0.4, after=1),
     # inside the language model
     "todre_both": vtc.ToDRE(keep=0.5, pivot="random", stage2=True, layer=2, tau=0.45),
     "transprune": vtc.TransPrune(**SCHEDULE),

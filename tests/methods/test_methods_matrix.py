@@ -83,7 +83,7 @@ def refusing(family: str) -> set[str]:
             or (name == "todre" and family not in WITH_CLS)
             or (name.startswith("prumerge") and family not in PROJECTOR)
             or (method.name == "globalcom2" and family not in THUMBNAIL)
-            or (method.name == "intower" and family not in REDUCES)
+            or (method.name in ("intower", "zero-tprune") and family not in REDUCES)
         ):
             found.add(name)
     return found
