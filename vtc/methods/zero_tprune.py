@@ -41,7 +41,7 @@ class ZeroTPrune(TowerSchedule):
     The layer decides everything. On a small model a stage after layer 1 cost 2 points and one after layer 2 cost 70:
     its votes went to background that served as sinks. Look before you trust it: ``vtc show`` draws what stays.
 
-    The paper prunes classifiers, with stages and shares searched by model; no code was published, nor results on VLMs.
+    The paper prunes classifiers, as ``vtc.patch`` does, and searches stages by model; no code, nor results on VLMs.
     Its filter of heads by variance, in [0.01, 0.7], cannot mean that of probabilities, 1e-5 to 5e-4: it leaves no head.
     Here it is off; ``variance`` is that of N s. Headline: DeiT-S, 34.7 % fewer FLOPs, 45.3 % faster, -0.4 points.
 
