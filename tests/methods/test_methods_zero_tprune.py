@@ -312,6 +312,12 @@ def test_without_a_tower_that_is_served_it_says_so() -> None:
     assert "start='cls' needs a CLS token" in str(refusal(get_model("gemma3"), ZeroTPrune(after=1, start="cls")))
 
 
+@pytest.mark.parametrize("name", ["rule", "then"])
+def test_it_is_no_part_of_intower(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=ZeroTPrune.*does not choose before the language model"):
+        vtc.InTower(**{name: ZeroTPrune()})
+
+
 @pytest.mark.parametrize("signal", [TowerHeads(), SpecialHeads()])
 def test_such_signals_do_not_leave_the_tower(signal: TowerHeads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vtc.DivPrune, "stages", lambda self, model: (Stage(Entry(), needs=(signal,)),))

@@ -147,7 +147,7 @@ def _its_own(stage: Stage) -> Stage:
 def _check_inner(name: str, given: Any) -> None:
     if not isinstance(given, Method):
         raise TypeError(f"{name}={shown(given)} is no vtc.Method, such as vtc.DivPrune(keep=0.25)")
-    if not given.prunes_at_entry or isinstance(given, InTower) or len(given.members) > 1:
+    if not given.prunes_at_entry or isinstance(given, InsideTower) or len(given.members) > 1:
         raise ValueError(f"{name}={shown(given)} does not choose before the language model, such as vtc.DivPrune()")
     if name == "rule" and (given.merges or given.content_decides or given.reads_layout):
         raise ValueError(
