@@ -48,6 +48,7 @@ from vtc.methods.vidcom2 import VidCom2
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.vispruner import VisPruner
 from vtc.methods.vscan import VScan
+from vtc.methods.zero_tprune import ZeroTPrune
 from vtc.models import Adapter, UnsupportedModelError, list_models, register_model
 from vtc.patching import patch, unpatch
 from vtc.profiling.estimate import estimate
@@ -104,6 +105,7 @@ __all__ = [
     "VidCom2",
     "VisPruner",
     "VisionZip",
+    "ZeroTPrune",
     "compress_inputs",
     "estimate",
     "generate",

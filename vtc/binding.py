@@ -16,7 +16,7 @@ from vtc.engine.probe import unfit_for, unfit_for_bias, unfit_tower
 from vtc.handle import patch_of
 from vtc.methods import Method, make_method
 from vtc.methods.registry import blind_methods
-from vtc.methods.stages import Step
+from vtc.methods.stages import Step, steps_of
 from vtc.models import Adapter, Parts, UnsupportedModelError
 from vtc.models.base import MODALITIES
 from vtc.places import Projector, Tower
@@ -53,8 +53,7 @@ def parse_request(
 def bind(adapter: Adapter, parts: Parts, method: Method, positions: str, calibration: str | None = None) -> Method:
     """The method, settled for this model; all that can be refused is refused here, before anything is touched."""
     name = type(parts.root).__name__
-    if (handle := patch_of(parts.root) or patch_of(parts.base)) is not None:
-        raise ValueError(f"this {name} is patched already, with {handle.method}; vtc.unpatch(model) first")
+    _check_not_patched(parts)
     facts = adapter.facts(parts)
     method = method.settle(facts)
     method.check(facts)
@@ -91,6 +90,43 @@ def bind(adapter: Adapter, parts: Parts, method: Method, positions: str, calibra
     wrapped_methods(parts.root, parts.decoder, bool(inside), calibration is not None)
     warn_if_untested()
     return method
+
+
+def bind_classifier(adapter: Adapter, parts: Parts, method: Method, config: CompressionConfig) -> Method:
+    """The method, settled for an image classifier.
+
+    Raises:
+        ValueError: the message says what would work.
+    """
+    name = type(parts.root).__name__
+    _check_not_patched(parts)
+    facts = adapter.facts(parts)
+    method = method.settle(facts)
+    method.check(facts)
+    steps = steps_of(method, facts, idle=True)
+    if (
+        not all(isinstance(step.stage.at, Tower) for step in steps)
+        or config.calibration
+        or config.positions != "original"
+    ):
+        raise ValueError(
+            f"{name} is an image classifier, without a language model that {shown(method)}, positions or calibration "
+            "could act on. What would work: vtc.ZeroTPrune() or vtc.InTower(), whose patches leave inside its blocks"
+        )
+    for step in steps:
+        _refuse_missing(adapter, parts, step)
+    signals = [s for step in steps for s in step.stage.needs if isinstance(s, TowerSignal)]
+    if (reason := unfit_tower(adapter, parts, signals)) is not None:
+        raise UnsupportedModelError(f"method {method.name!r} reads the blocks of this {name}, and {reason}")
+    warn_if_untested()
+    return method
+
+
+def _check_not_patched(parts: Parts) -> None:
+    if (handle := patch_of(parts.root) or patch_of(parts.base)) is not None:
+        raise ValueError(
+            f"this {type(parts.root).__name__} is patched already, with {handle.method}; vtc.unpatch(model) first"
+        )
 
 
 def _check_calibration(parts: Parts, chooser: Chooser, calibration: str, positions: str) -> None:
@@ -141,6 +177,11 @@ def _refuse_missing(adapter: Adapter, parts: Parts, step: Step) -> None:
     name, at = type(parts.root).__name__, step.stage.at
     if isinstance(at, Tower):
         _check_tower(adapter, parts, step, at)
+    elif stuck := [s.key for s in step.stage.needs if isinstance(s, TowerSignal) and s.inside]:
+        raise ValueError(
+            f"method {step.method.name!r} needs {', '.join(map(repr, stuck))} at {at}, and only stages inside the "
+            "vision tower can have that; ask at Tower(block)"
+        )
     behind = not isinstance(at, Tower)  # pixels are known in front of the tower, and nowhere else
     needs = needs_of(step)
     missing = [s.key for s in needs if not adapter.gives(parts, s) or (behind and isinstance(s, Pixels))]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vtc.config import CompressionConfig
 from vtc.costs import Decoder
 from vtc.dialect.modules import without_adapters
+from vtc.engine.alone import AloneStages
 from vtc.engine.entry import EntryStage
 from vtc.engine.locate import by_row
 from vtc.methods import Method
@@ -179,6 +180,30 @@ class Patch:
             "a patched model cannot be pickled: its hooks belong to this process. vtc.unpatch it first, or save its "
             "state_dict() or save_pretrained(), which a patch leaves as they are"
         )
+
+
+class ClassifierPatch(Patch):
+    """The same of an image classifier. There is no prompt: of what :class:`Patch` tells, only what is below."""
+
+    def __init__(self, model: nn.Module, config: CompressionConfig, alone: AloneStages) -> None:
+        super().__init__(model, config, alone)  # type: ignore[arg-type]
+        self.alone = alone
+
+    @property
+    def last_keep(self) -> list[list[Tensor]] | None:
+        """The patches that were left at the end of the last run, ascending: for each picture, a list of one tensor.
+
+        ``None`` before the first. Reading it waits for the device.
+        """
+        return self.alone.kept()
+
+    def report(self) -> Report:
+        """There is no language model to report on.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("an image classifier has no prompt to report on; p.last_keep has the patches that were left")
 
 
 def patch_of(model: nn.Module) -> Patch | None:

@@ -28,7 +28,7 @@ from vtc.engine.generation import never_compiled, no_continuous_batching, prefil
 from vtc.engine.opening import Opening
 from vtc.engine.recorders import recorders
 from vtc.engine.unread import unread_hooks
-from vtc.handle import HANDLE, Patch
+from vtc.handle import HANDLE, ClassifierPatch, Patch
 from vtc.models.base import MODALITIES
 
 
@@ -70,6 +70,23 @@ def install(handle: Patch) -> None:
         found = method.find(owner)
         name = LOSS_SLOT if method is LOSS else method.name
         _set(undo, owner, name, _while_active(handle, found, _wrapper(handle, method)(found)))
+
+
+def install_alone(handle: ClassifierPatch) -> None:
+    """Put all hooks of a handle on its image classifier."""
+    stages, undo = handle.alone, handle.undo
+    parts = stages.parts
+    compilers.watch_hooks()
+    compilers.forget(parts.root)
+    undo.append(functools.partial(compilers.forget, parts.root))
+    for module in {parts.root, parts.base}:
+        _set(undo, module, HANDLE, handle)
+    for recorder in recorders(stages.adapter, parts, stages.signals, ("image",)):
+        _hook(undo, recorder.module, recorder, before=recorder.signal.reads == "input", each_step=True)
+    for module, hook, before in stages.hooks():
+        _hook(undo, module, hook, before=before, each_step=True)
+    forward = parts.base.forward
+    _set(undo, parts.base, "forward", _while_active(handle, forward, stages.recording(forward)))
 
 
 def _while_active(handle: Patch, original: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:

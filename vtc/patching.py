@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from vtc.binding import bind, parse_request
+from vtc.binding import bind, bind_classifier, parse_request
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.engine.alone import AloneStages
 from vtc.engine.entry import EntryStage
-from vtc.handle import Patch, patch_of
-from vtc.installing import install
+from vtc.handle import ClassifierPatch, Patch, patch_of
+from vtc.installing import install, install_alone
 from vtc.methods import Method
 from vtc.models import resolve
+from vtc.models.classifiers import resolve_classifier
 
 
 def patch(
@@ -28,8 +30,9 @@ def patch(
     """Make a vision-language model drop visual tokens. ``model.generate()`` and ``model()`` are called as before.
 
     Args:
-        model: a transformers model for image-text-to-text (see :func:`vtc.list_models`). Only this instance changes;
-            no weight, class or attention implementation does.
+        model: a transformers model for image-text-to-text (see :func:`vtc.list_models`), or an image classifier such
+            as ViT, DeiT or DINOv2, for methods inside the vision tower. Only this instance changes; no weight, class
+            or attention implementation does.
         method: a name (see :func:`vtc.list_methods`), a method object such as ``vtc.DivPrune(keep=64)``, or a
             :class:`vtc.CompressionConfig`.
         keep: with a name only: float in (0, 1], the fraction kept, or int >= 1, the tokens kept per image.
@@ -51,11 +54,17 @@ def patch(
         TypeError: options that the method does not have, or given beside an object that carries its own.
     """
     config, chosen = parse_request(method, keep, positions, options, calibration)
-    adapter, parts = resolve(model)
-    chosen = bind(adapter, parts, chosen, config.positions, config.calibration)
-    handle = Patch(parts.root, config, EntryStage(adapter, parts, chosen, config.positions, config.calibration))
+    handle: Patch
+    if (found := resolve_classifier(model)) is not None:
+        chosen = bind_classifier(*found, chosen, config)
+        stages = AloneStages(*found, chosen, found[0].facts(found[1]))
+        handle = ClassifierPatch(found[1].root, config, stages)
+    else:
+        adapter, parts = resolve(model)
+        chosen = bind(adapter, parts, chosen, config.positions, config.calibration)
+        handle = Patch(parts.root, config, EntryStage(adapter, parts, chosen, config.positions, config.calibration))
     try:
-        install(handle)
+        install_alone(handle) if isinstance(handle, ClassifierPatch) else install(handle)
     except BaseException:
         if handle.active:
             handle.unpatch()

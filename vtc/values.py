@@ -87,6 +87,21 @@ def whole(name: str, value: Any, rule: str, least: int | None = None) -> int:
     return int(value)
 
 
+def interval(name: str, value: Any, rule: str) -> tuple[float, float]:
+    """``value`` as two floats, the first at most the second; arguments as :func:`number`.
+
+    Raises:
+        TypeError: not a tuple or list of two numbers.
+        ValueError: falling.
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}={shown(value)} is not a pair; {rule}")
+    low, high = (number(name, end, f"{name}={shown(value)}: {rule}") for end in value)
+    if low > high:
+        raise ValueError(f"{name}={shown(value)}: {rule}")
+    return low, high
+
+
 def flag(name: str, value: Any) -> bool:
     """``value``, which is True or False.
 

@@ -65,7 +65,7 @@ def recorder(owner: Any, module: nn.Module) -> Recorder:
 def test_a_listener_leaves_what_its_owner_does_not_record() -> None:
     module, one, other = nn.Linear(2, 2), object(), object()
     first, second = recorder(one, module), recorder(other, module)
-    found, nothing = Recording(one), Recording(other)
+    found, nothing = Recording(one, "image", {}), Recording(other, "image", {})
     with listening_in([first]):
         with listening_in([second]), during(recording=found):
             expected = module(torch.ones(1, 1, 2))
@@ -80,7 +80,7 @@ def test_a_listener_leaves_what_its_owner_does_not_record() -> None:
 
 def test_a_forward_that_somebody_put_there_meanwhile_stays() -> None:
     module, owner = nn.Linear(2, 2), object()
-    nothing = Recording(owner)
+    nothing = Recording(owner, "image", {})
     mine = module.__dict__["forward"] = functools.partial(nn.Linear.forward, module)
     with listening_in([recorder(owner, module)]):
         pass

@@ -44,6 +44,7 @@ SAMPLES: dict[str, vtc.Method] = {
     "tome_plain": vtc.ToMe(keep=0.6, blocks=(1,), proportional=False),
     "evit": vtc.EViT(keep=0.5, blocks=(1,)),
     "pixelprune": vtc.PixelPrune(tau=3.7),
+    "zero-tprune": vtc.ZeroTPrune(keep=0.4, after=1),
     # inside the language model
     "todre_both": vtc.ToDRE(keep=0.5, pivot="random", stage2=True, layer=2, tau=0.45),
     "transprune": vtc.TransPrune(**SCHEDULE),

@@ -82,7 +82,7 @@ def tokens_of(layouts, seed=0, d=6, pad=0, ordinals=None, poison=math.nan) -> Vi
     ordinals = tuple(range(len(layouts))) if ordinals is None else ordinals
     n = max(layout.length for layout in layouts) + pad
     features = torch.full((len(layouts), n, d), poison)
-    keys = torch.zeros(len(layouts), n, 4)
+    keys, heads = torch.zeros(len(layouts), n, 4), torch.zeros(len(layouts), n, 2, 2, 4)
     rows = {name: torch.zeros(len(layouts), n) for name in ("cls", "cls_shallow", "received", "received_shallow")}
     for g, (layout, ordinal) in enumerate(zip(layouts, ordinals, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + ordinal)
@@ -90,7 +90,9 @@ def tokens_of(layouts, seed=0, d=6, pad=0, ordinals=None, poison=math.nan) -> Vi
         for row in rows.values():
             row[g, : layout.length] = torch.rand(layout.length, generator=generator)
         keys[g, : layout.length] = torch.randn(layout.length, 4, generator=generator)
-    return VisualTokens(features, tuple(layouts), ordinals, {**rows, "keys": keys})
+        heads[g, : layout.length] = torch.randn(layout.length, 2, 2, 4, generator=generator)
+        heads[g, : layout.length, ..., -1] = torch.tensor([[1.0], [0.0]])  # of queries and keys
+    return VisualTokens(features, tuple(layouts), ordinals, {**rows, "keys": keys, "heads": heads})
 
 
 def picks_of(method: Method, tokens: VisualTokens) -> list[list[int]]:

@@ -68,9 +68,9 @@ UNITS = (  # one sequence for all pictures in the tower, in which the patches of
     "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_video", "qwen3_vl", "qwen3_vl_video", "qwen3_vl_moe", "qwen3_5", "glm46v",
     "glm46v_video",
 )  # fmt: skip
-REDUCES = (  # one sequence a picture there, or such units
+RECTANGULAR = (  # one sequence a picture there
     *WITH_CLS, "llava_onevision", "llava_onevision_video", "idefics3", "smolvlm", "gemma3", "gemma3_window8",
-    "paligemma", *UNITS,
+    "paligemma",
 )  # fmt: skip
 OTHERS = ("llava_next_video", "llava_next_video_image", "video_llava")
 MERGES = (*PROJECTOR, *OTHERS, "paligemma")  # a patch is a token there
@@ -89,7 +89,8 @@ def refusing(family: str) -> set[str]:
             or (name == "todre" and family not in WITH_CLS)
             or (name.startswith("prumerge") and family not in PROJECTOR)
             or (method.name == "globalcom2" and family not in THUMBNAIL)
-            or (method.name == "intower" and family not in REDUCES)
+            or (method.name == "intower" and family not in (*RECTANGULAR, *UNITS))
+            or (method.name == "zero-tprune" and family not in RECTANGULAR)
             or (method.name == "tome" and family not in MERGES)
             or (method.name == "evit" and family not in (*PROJECTOR, *OTHERS))
             or (method.name == "pixelprune" and family not in UNITS)

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.dialect.arguments import ENDS, MASK, ROTARY, Role, Spelling
+from vtc.dialect.arguments import ENDS, HIDDEN, MASK, ROTARY, Role, Spelling
 from vtc.dialect.compilers import uncompiled
+
+IN_FRONT = ("cls_token", "distillation_token", "register_tokens")
+"""Parameters [1, n, width] of a classifier's embeddings that stand in front of the patches."""
+BLOCK_ARGUMENTS = {"self", *HIDDEN.names, *MASK.names, "output_attentions", "kwargs"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,19 @@ class Tower:
         config: Any = getattr(tower, "config", None)
         unit = config.spatial_merge_size**2 if mergers else 1
         return cls(tuple(map(uncompiled, rows)), 0, packed=True, module=called, unit=unit, mergers=mergers)
+
+    @classmethod
+    def alone(cls, base: Any) -> Tower | None:
+        """That of an image classifier, as ViT, DeiT and DINOv2 build it, ``None`` of another."""
+        embeddings, encoder = getattr(base, "embeddings", None), getattr(base, "encoder", base)
+        layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
+        if embeddings is None or not layers:
+            return None
+        blocks = tuple(map(uncompiled, layers))
+        if any(set(spelling(block).parameters) - BLOCK_ARGUMENTS for block in blocks):
+            return None  # what else it takes may have an entry for each patch: rotary embeddings, biases by distance
+        special = (getattr(embeddings, name, None) for name in IN_FRONT)
+        return cls(blocks, sum(x.shape[1] for x in special if isinstance(x, Tensor)), module=base)
 
     def attention(self, layer: int) -> nn.Module | None:
         """The attention of a layer, where it has projections of its own for queries and keys, or one for both."""
@@ -241,6 +258,12 @@ def _window_index(tower: nn.Module) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ where they are
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether it is one of transformers' classes for images and labels."""
+    return "ForImageClassification" in type(model).__name__ and hasattr(model, "base_model")
+
 
 TOWERS = ("vision_tower", "image_tower", "visual", "vision_model")
 """Attributes of a base model that are a vision tower."""

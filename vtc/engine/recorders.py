@@ -46,7 +46,7 @@ class Recorder:
         hidden = hidden.detach()[None] if hidden.dim() == 2 else hidden.detach()
         heard = Heard.of(self.module, args, kwargs)
         values = self.signal.read(self.tower, self.module, hidden, heard)
-        if found.passage is not None:  # patches have left
+        if found.passage is not None and self.signal.axes.get(self.signal.key, 1) is not None:  # patches have left
             values = found.passage.spread(values)
         found.setdefault(self.signal, []).append(values)
 

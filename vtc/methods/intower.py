@@ -10,13 +10,14 @@ from vtc.budget import Keep
 from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage, keeps_all
 from vtc.methods.divprune import DivPrune
 from vtc.methods.fastervlm import FasterVLM
+from vtc.methods.inside import InsideTower, block_of
 from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.places import Tower
 from vtc.signals import Signal, TowerSignal
 from vtc.signals.base import tower_layer
 from vtc.tokens import Layout, VisualTokens
-from vtc.values import flag, one_of, shown
+from vtc.values import one_of, shown
 
 RULES: dict[str, Method] = {
     "cls": FasterVLM(saliency="cls"),
@@ -27,7 +28,7 @@ RULES: dict[str, Method] = {
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class InTower(Method):
+class InTower(InsideTower):
     """Let patches leave after a third of the vision tower, and another method choose among the rest behind it.
 
     What prunes behind the tower cannot be faster than the tower; this can. No paper of its own: the rules are those of
@@ -58,7 +59,6 @@ class InTower(Method):
     newlines: Newlines = option("candidates", one_of, "candidates", rule="a tower has none; `then` may keep them")
     rule: Literal["cls", "received", "diverse"] | Method | None = None
     after: float = option(1 / 3, tower_layer)
-    restore: bool | None = option(None, flag)
     then: Method | None = None
 
     name: ClassVar[str] = "intower"
@@ -96,8 +96,8 @@ class InTower(Method):
         rule: Any = self.rule or ("cls" if "cls" in facts.signals else "received")
         rule = rule if isinstance(rule, str) else rule.settle(facts)
         then = None if self.then is None else self.then.settle(facts)
-        restore = True if self.restore is None and facts.restores else self.restore
-        return replace(self, rule=rule, restore=restore, then=then)
+        settled: Any = super().settle(facts)
+        return replace(settled, rule=rule, then=then)
 
     def check(self, facts: ModelFacts) -> None:
         """Asks both."""
@@ -107,21 +107,17 @@ class InTower(Method):
 
     def stages(self, model: ModelFacts) -> tuple[Stage, ...]:
         """In the tower; and those of ``then``."""
-        block = self.after if isinstance(self.after, int) else max(1, round(self.after * model.tower_depth))
+        block = block_of(self.after, model)
         needs = tuple(_in_block(signal, block - 1) for stage in self.chooser.stages(model) for signal in stage.needs)
         return (Stage(Tower(block, self.restore), needs), *(() if self.then is None else self.then.stages(model)))
 
     def counts(
         self, layouts: Sequence[Layout], stage: Stage | None = None, given: Sequence[int] | None = None
     ) -> tuple[int, ...] | None:
-        """Of pictures in the tower, and behind ``then``; ``None`` where crops lose padding in between."""
-        if stage is not None and isinstance(stage.at, Tower):
+        """Of pictures in the tower, and behind ``then``."""
+        if self.then is None or (stage is not None and isinstance(stage.at, Tower)):
             return super().counts(layouts, stage, given)
-        if self.then is not None:
-            return self.then.counts(layouts, None if stage is None else _its_own(stage), given)
-        if self.restore:
-            return tuple(layout.length for layout in layouts)
-        return super().counts(layouts) if all(len(layout.segments) == 1 for layout in layouts) else None
+        return self.then.counts(layouts, None if stage is None else _its_own(stage), given)
 
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """The rule in the tower, ``then`` behind it."""
@@ -154,7 +150,7 @@ def _its_own(stage: Stage) -> Stage:
 def _check_inner(name: str, given: Any) -> None:
     if not isinstance(given, Method):
         raise TypeError(f"{name}={shown(given)} is no vtc.Method, such as vtc.DivPrune(keep=0.25)")
-    if not given.prunes_at_entry or isinstance(given, InTower) or len(given.members) > 1:
+    if not given.prunes_at_entry or isinstance(given, InsideTower) or len(given.members) > 1:
         raise ValueError(f"{name}={shown(given)} does not choose before the language model, such as vtc.DivPrune()")
     if name == "rule" and (given.merges or given.content_decides or given.reads_layout):
         raise ValueError(

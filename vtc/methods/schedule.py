@@ -43,9 +43,9 @@ class Scheduled(Method):
     def __post_init__(self) -> None:
         check_options(self)
         if self.ratios is not None:
-            object.__setattr__(self, "ratios", _entries("ratios", self.ratios, values.share, "shares in (0, 1]"))
+            object.__setattr__(self, "ratios", entries("ratios", self.ratios, values.share, "shares in (0, 1]"))
         if self.layers is not None:
-            object.__setattr__(self, "layers", _entries("layers", self.layers, whole, "layer numbers, counted from 1"))
+            object.__setattr__(self, "layers", entries("layers", self.layers, whole, "layer numbers, counted from 1"))
         self._check_schedule()
         if self.keep is None:
             object.__setattr__(self, "keep", self.shares[-1])
@@ -118,8 +118,14 @@ def scaled(published: tuple[int, ...], depth: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _entries(name: str, given: Any, each: Callable[..., Any], what: str) -> tuple[Any, ...]:
+def entries(name: str, given: Any, each: Callable[..., Any], what: str) -> tuple[Any, ...]:
+    """What was given for each stage, as a tuple; ``each`` checks one and ``what`` says what they are.
+
+    Raises:
+        TypeError: not several, or of another kind.
+        ValueError: as ``each`` says.
+    """
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"{name}={shown(given)} must be a tuple of {what}, one for each stage")
-    entries = tuple(given)
-    return tuple(each(name, entry, f"{name}={shown(entries)} must be {what}, one for each stage") for entry in entries)
+    found = tuple(given)
+    return tuple(each(name, entry, f"{name}={shown(found)} must be {what}, one for each stage") for entry in found)

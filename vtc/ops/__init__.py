@@ -2,6 +2,7 @@
 
 from vtc.ops.density import density_peaks, squared_distances, to_peaks
 from vtc.ops.determinant import max_determinant
+from vtc.ops.graph import over_heads, pagerank, without_similar
 from vtc.ops.greedy import farthest_first, max_marginal_relevance, max_sum
 from vtc.ops.merging import cosines, cosines_to, first_near, gathered, nearest
 from vtc.ops.recursion import first_max
@@ -21,7 +22,10 @@ __all__ = [
     "max_marginal_relevance",
     "max_sum",
     "nearest",
+    "over_heads",
+    "pagerank",
     "squared_distances",
     "to_peaks",
     "transition_variation",
+    "without_similar",
 ]

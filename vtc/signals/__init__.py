@@ -7,6 +7,7 @@ the module it reads and what it makes of that; attention maps are never asked fo
 from vtc.signals.base import DecoderSignal, PromptSignal, Signal, TowerSignal
 from vtc.signals.cls import Cls, ClsLogits
 from vtc.signals.columns import Columns
+from vtc.signals.heads import SpecialHeads, TowerHeads
 from vtc.signals.keys import LayerKeys, TowerKeys
 from vtc.signals.pixels import Pixels
 from vtc.signals.rating import Rating
@@ -25,6 +26,8 @@ TOWER_SIGNALS: tuple[type[TowerSignal], ...] = (
     Received,
     TowerKeys,
     KeysWide,
+    TowerHeads,
+    SpecialHeads,
     TowerFeatures,
     ProjectorInput,
 )
@@ -50,9 +53,11 @@ __all__ = [
     "Rows",
     "Share",
     "Signal",
+    "SpecialHeads",
     "Text",
     "TextRows",
     "TowerFeatures",
+    "TowerHeads",
     "TowerKeys",
     "TowerSignal",
     "Transitions",

@@ -68,6 +68,8 @@ class TowerSignal(Signal):
     reads: ClassVar[Literal["input", "output"]] = "input"
     recomputes: ClassVar[bool] = False
     """It computes attention again: that is tried out when a model is patched."""
+    inside: ClassVar[bool] = False
+    """Only stages inside the tower can have it: it cannot go the way of the features."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer", tower_layer("layer", self.layer))

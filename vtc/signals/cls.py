@@ -26,7 +26,7 @@ class Cls(TowerSignal):
 
     def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """One row of products; memory is O(patches)."""
-        return cls_row(module, hidden)
+        return cls_row(module, hidden)[:, tower.special - 1 :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +37,18 @@ class ClsLogits(Cls):
 
     def read(self, tower: Tower, module: nn.Module, hidden: Tensor, heard: Heard) -> Tensor:
         """As :class:`Cls`."""
-        return cls_logit_row(module, hidden)
+        return cls_logit_row(module, hidden)[:, tower.special - 1 :]
 
 
 def cls_row(attention: nn.Module, hidden: Tensor) -> Tensor:
-    """Head-averaged softmax attention of the CLS token (index 0) to the patches.
+    """Head-averaged softmax attention of the CLS token (index 0) to all that is behind it.
 
     Args:
         attention: a vision self-attention module with projections for queries and keys.
-        hidden: [pictures, 1 + patches, width], the module's input.
+        hidden: [pictures, 1 + n, width], the module's input.
 
     Returns:
-        float32 [pictures, patches]. The softmax runs over CLS and patches, as in the tower; memory is O(patches).
+        float32 [pictures, n]. The softmax runs over CLS and the others, as in the tower; memory is O(n).
     """
     return _products(attention, hidden).softmax(-1).mean(1)[:, 1:]
 

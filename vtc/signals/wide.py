@@ -31,7 +31,7 @@ class ClsWide(Cls):
         """One row of products."""
         query, key = side_by_side(module, hidden[:, :1], "q"), side_by_side(module, hidden, "k")
         products = (query @ key.mT)[:, 0] * key.shape[-1] ** -0.5
-        return products.softmax(-1)[:, 1:]
+        return products.softmax(-1)[:, tower.special :]
 
 
 @dataclass(frozen=True, kw_only=True)
