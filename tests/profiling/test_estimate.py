@@ -498,7 +498,8 @@ def llava():
 def test_keeping_all_changes_nothing(llava):
     e = estimate(llava, (336, 336), keep=1.0)
     assert e.full == e.pruned
-    assert e.ttft_ratio == e.llm_ratio == e.decode_ratio == e.cache_ratio == e.average_keep == 1.0
+    assert e.llm_ratio == e.decode_ratio == e.cache_ratio == e.average_keep == 1.0
+    assert 1.0 < e.ttft_ratio < 1.01  # of 24 blocks the last is not read
     assert "not worth it for speed" in str(e)
 
 

@@ -35,7 +35,7 @@ class PixelPrune(Method):
     row: neighbours count as they are, whether they stayed or not.
 
     How many stay, the picture decides (one wait for the device): no ``keep`` is looked at but 1.0, with which a patched
-    model keeps all. A photo keeps everything, a page of text about a third.
+    model keeps all. A photo keeps nearly everything, a page of text far less.
 
     Attributes:
         tau: in the values that the processor hands over. The paper's is in pixels from 0 to 1: divide it by the

@@ -76,8 +76,8 @@ class Encoder:
         Args:
             feed: of the image.
             batch: how many.
-            sequences: rows that see each other in each block, where patches leave in between, as far as they are read
-                (those behind run on the same); default: the feed's. Windows are taken to lose the same share each.
+            sequences: rows that see each other under a patch, in each block that is read (those behind run on one);
+                default: the feed's. Windows are taken to lose the same share each.
             left: merged rows that left before they were merged.
         """
         rows = sum(feed.sequences)
@@ -85,7 +85,9 @@ class Encoder:
         weights: float = self.embedding + self.merger.dense
         windowed = sum(count * n * n for n, count in feed.windows)
         for at, (matrices, width, narrow) in enumerate(self.blocks):
-            there = feed.sequences if sequences is None else sequences[min(at, len(sequences) - 1)]
+            there = feed.sequences
+            if sequences is not None:
+                there = sequences[at] if at < len(sequences) else (1,) * len(there)
             pairs = windowed * (sum(there) / rows) ** 2 if narrow else sum(n * n for n in there)
             flops += 2 * matrices.met * sum(there) + 4 * pairs * width
             weights += matrices.read(sum(there) * batch)

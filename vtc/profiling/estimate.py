@@ -139,6 +139,7 @@ def estimate(
         vision=encoder.vision(feed, batch),
         projector=encoder.projection(feed, batch),
         vision_pruned=encoder.vision(feed, batch, blocks, left if tower is not None and tower.mergers else 0),
+        in_tower=any(isinstance(step.stage.at, Tower) for step in steps_of(chosen, facts)),
         projector_pruned=encoder.projection(feed, batch, left),
         full=PromptCost.of(decoder, [visual] * depth, text, batch),
         pruned=PromptCost.of(decoder, per_layer, text, batch),

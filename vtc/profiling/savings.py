@@ -53,8 +53,9 @@ class Savings:
         batch: prompts.
         vision: of the tower.
         projector: between tower and language model.
-        vision_pruned: of the tower, where patches leave inside it.
+        vision_pruned: of the tower under the patch: patches may leave inside it, blocks that nobody reads do not run.
         projector_pruned: the same behind it.
+        in_tower: patches leave inside the tower.
         full: the language model, unpruned.
         pruned: the same, pruned.
         text_only: prefill of the text alone: what is left of a prompt without visual tokens.
@@ -75,6 +76,7 @@ class Savings:
     projector: Cost
     vision_pruned: Cost
     projector_pruned: Cost
+    in_tower: bool
     full: PromptCost
     pruned: PromptCost
     text_only: Cost
@@ -103,7 +105,7 @@ class Savings:
 
     @property
     def before_pruned(self) -> Cost:
-        """The same where patches leave inside the tower."""
+        """The same under the patch."""
         return self.vision_pruned + self.projector_pruned
 
     @property

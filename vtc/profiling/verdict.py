@@ -59,7 +59,7 @@ def verdict(e: Savings) -> Iterator[str]:
         f"The vision tower is {e.vision_share:.0%} of the work before the first token, projector included: nothing "
         f"after it can beat {e.ceiling:.1f}x with {e.text_tokens} text tokens."
     )
-    if e.vision_pruned.flops < e.vision.flops:
+    if e.in_tower:
         saved = 1 - e.before_pruned.flops / e.before.flops
         yield f"Patches that leave inside the tower save {saved:.0%} of that, so that this bound does not hold here."
     elif e.ceiling < LOW_CEILING:
