@@ -416,3 +416,15 @@ def test_an_unregistered_family_of_the_same_build(name: str) -> None:
     for row, sample, images, keep in zip(tokens, batch.samples, batch.images, sets, strict=True):
         by_hand = continue_by_hand(model, sample, images, keep, new_tokens=NEW_TOKENS, suppress=SPECIAL_IDS)
         assert row.tolist() == by_hand.tokens.tolist()
+
+
+def test_what_follows_the_patches_needs_no_projector() -> None:
+    """In vLLM a base model has a tower and no projector beside it."""
+    from types import SimpleNamespace
+
+    model = get_model("llava")
+    adapter, parts = vtc.models.resolve(model)
+    bare = SimpleNamespace(vision_tower=parts.base.vision_tower, config=parts.config)
+    rows = torch.rand(2, 16)
+    found = adapter.per_token(bare, "image", rows, [Layout.plain(16)] * 2, {})
+    assert torch.equal(torch.stack(found), rows)

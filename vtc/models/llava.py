@@ -44,7 +44,7 @@ class Llava(Adapter):
     def per_token(
         self, base: Any, modality: str, values: Tensor, layouts: Sequence[Layout], arguments: Mapping[str, Any]
     ) -> list[Tensor]:
-        tower = self.tower(base, modality)
+        tower = Tower.of(base.vision_tower)  # that of vLLM's models has no projector beside it
         if tower is not None and tower.packed:
             return units.split(values, [layout.length for layout in layouts])
         return clip.one_to_one(values, layouts)
