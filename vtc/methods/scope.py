@@ -14,11 +14,13 @@ from vtc.methods.options import option
 from vtc.methods.registry import register_method
 from vtc.methods.saliency import Salient
 from vtc.ops import cosines, first_max
+from vtc.ops.cover import cover_lazily
 from vtc.places import Entry
 from vtc.tokens import VisualTokens
 from vtc.values import number, one_of
 
 STEP = 2.0**-23  # of cosines, as fine as float32 below one: sums of them are exact, and a token to itself is 1
+MANY = 2**18  # picks times tokens from which laziness pays
 ENTRIES = 2**26  # of all matrices of cosines that are made at a time; an image alone may have more
 
 
@@ -41,8 +43,9 @@ class SCOPE(Salient):
     ``positions="compact"``. Tokens stay in raster order there and here.
 
     Cosines are rounded to 2**-23 so that their sums are exact: picks do not depend on the batch, and equal gains are
-    equal. A pick takes time as N^2. Memory is two N x N matrices of float64 for each image; images are worked off in
-    parts of up to 1 GiB.
+    equal. A pick takes time as N^2; on a CPU much less, because gains only fall, so that only tokens which were worth
+    most are looked at again. Memory is two N x N matrices of float64 for each image; images are worked off in parts of
+    up to 1 GiB.
 
     Attributes:
         alpha: exponent of the saliency, at least 0; 0: coverage alone (with "multi").
@@ -74,6 +77,9 @@ class SCOPE(Salient):
     def _picks(self, features: Tensor, saliency: Tensor, mask: Tensor, k: int) -> Tensor:
         """The first k picks of every image: LongTensor [G, k], in pick order."""
         cosines = rounded_cosines(features, mask)
+        if features.device.type == "cpu" and k * mask.shape[1] > MANY:
+            each = zip(cosines, saliency, mask, strict=True)
+            return torch.stack([cover_lazily(*image, k, self._worth) for image in each])
         cover = torch.zeros_like(saliency)
         free, rest = mask.clone(), torch.empty_like(cosines)
         images = torch.arange(len(mask), device=mask.device)
@@ -81,12 +87,15 @@ class SCOPE(Salient):
         for _ in range(k):
             covered = torch.maximum(cosines, cover[:, None], out=rest).sum(-1)  # by the picks and one more
             gain = covered - cover.sum(-1, keepdim=True)
-            value = gain * saliency if self.combined == "multi" else gain + saliency
-            pick = first_max(value.masked_fill(~free, -torch.inf))
+            pick = first_max(self._worth(gain, saliency).masked_fill(~free, -torch.inf))
             free.scatter_(1, pick[:, None], False)
             cover = torch.maximum(cover, cosines[images, pick])
             picks.append(pick)
         return torch.stack(picks, 1)
+
+    def _worth(self, gain: Tensor, saliency: Tensor) -> Tensor:
+        """Step 3; it falls as picks are made, because the gain does."""
+        return gain * saliency if self.combined == "multi" else gain + saliency
 
 
 def rounded_cosines(features: Tensor, mask: Tensor) -> Tensor:
