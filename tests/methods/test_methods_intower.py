@@ -23,7 +23,7 @@ def facts(depth: int = 24, restores: bool = False, *signals: str) -> ModelFacts:
     )
 
 
-@pytest.mark.parametrize(("after", "block"), [(1 / 3, 8), (0.0, 1), (0.5, 12), (0, 0), (5, 5), (0.99, 24)])
+@pytest.mark.parametrize(("after", "block"), [(1 / 3, 8), (0.0, 2), (0.5, 12), (0, 0), (5, 5), (0.99, 24)])
 def test_where(after: Any, block: int) -> None:
     method = vtc.InTower(after=after).settle(facts(24, False, "cls", "received"))
     assert method.stages(facts())[0].at == Tower(block)

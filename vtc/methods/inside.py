@@ -93,8 +93,10 @@ class TowerSchedule(InsideTower):
     def blocks(self, facts: ModelFacts) -> tuple[int, ...]:
         """How many blocks run before each stage."""
         found: list[int] = []
-        for after in tuple_of(self.after):
-            found.append(max(block_of(after, facts), found[-1] + 1 if found else 1))
+        stages = tuple_of(self.after)
+        for after in stages:
+            first = block_of(after, facts, least=2 if len(stages) == 1 else 1)
+            found.append(max(first, found[-1] + 1 if found else 1))
         return tuple(found)
 
     def quota(self, n: int, stage: Stage) -> int:
@@ -108,9 +110,14 @@ class TowerSchedule(InsideTower):
         return min(n, max(1, round(n * (1 - gone * (1 - share(self.keep or 0.0, n))))))
 
 
-def block_of(after: float, facts: ModelFacts) -> int:
-    """How many blocks run before: as it was given, or a share of those that the language model gets to see."""
-    return after if isinstance(after, int) else max(1, round(after * facts.tower_depth))
+def block_of(after: float, facts: ModelFacts, least: int = 2) -> int:
+    """How many blocks run before: as it was given, or a share of those that the language model gets to see.
+
+    With a share it is at least two, where the tower has three: after one, nothing has been looked at twice.
+    """
+    if isinstance(after, int):
+        return after
+    return max(min(least, facts.tower_depth - 1), round(after * facts.tower_depth), 1)
 
 
 def one_or_each(name: str, given: Any, each: Callable[..., Any], what: str) -> tuple[Any, ...]:

@@ -45,7 +45,8 @@ class InTower(InsideTower):
        patches of a token stand together and leave together, and the token leaves with them.
     3. ``then`` chooses among what there is. A float ``keep`` of it is a share of all tokens, those that left here too.
 
-    A third of the depth: earlier, the CLS token has not looked at anything yet; later, less is saved.
+    A third of the depth, at least two blocks: after one, what the CLS token looks at tells little (on tinyvlm at a
+    quarter, a stage after 1, 2 and 3 of 4 blocks answers 88, 97 and 98 % of 300 questions); later, less is saved.
 
     Attributes:
         keep: of the patches of each picture, inside the tower.

@@ -38,8 +38,8 @@ class ZeroTPrune(TowerSchedule):
     3. I: PageRank with ``votes`` on the graph of those that are left; what was paid to the others is shared out again,
        as the softmax over those left does. The highest stay. Ties go to the lowest index.
 
-    The layer decides everything. On a small model a stage after layer 1 cost 2 points and one after layer 2 cost 70:
-    its votes went to background that served as sinks. Look before you trust it: ``vtc show`` draws what stays.
+    The layer decides everything. On tinyvlm at a quarter, a stage after 1, 2 and 3 of 4 blocks answers 54, 98 and 29 %
+    of 300 questions: votes go to background that serves as sinks. Look before you trust it: ``vtc show`` draws it.
 
     The paper prunes classifiers, as ``vtc.patch`` does, and searches stages by model; no code, nor results on VLMs.
     Its filter of heads by variance, in [0.01, 0.7], cannot mean that of probabilities, 1e-5 to 5e-4: it leaves no head.
