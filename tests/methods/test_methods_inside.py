@@ -408,7 +408,7 @@ def test_chains_that_do_not_fit_a_model_are_refused():
         Chain(ToDRE(keep=0.5, stage2=True), TransPrune(layers=(1, 2), ratios=(0.5, 0.25))),
         Chain(GlobalCom2(selector=DivPrune()), TransPrune(keep=7)),
         Allocate(selector=IDPruner(importance=ClsAttention()), by="frame"),
-        GlobalCom2(keep=64, selector=Chain(DivPrune(), TransPrune())),
+        GlobalCom2(keep=64, selector=IDPruner(balance=0.3)),
     ],
 )
 def test_compositions_survive_json(method):
