@@ -39,7 +39,7 @@ class ZeroTPrune(TowerSchedule):
        as the softmax over those left does. The highest stay. Ties go to the lowest index.
 
     The layer decides everything. On tinyvlm at a quarter, a stage after 1, 2 and 3 of 4 blocks answers 54, 98 and 29 %
-    of 300 questions: votes go to background that serves as sinks. Look before you trust it: ``vtc show`` draws it.
+    of 300 questions: votes can end on background that serves as sinks. Look before you trust it: ``vtc show`` draws it.
 
     The paper prunes classifiers, as ``vtc.patch`` does, and searches stages by model; no code, nor results on VLMs.
     Its filter of heads by variance, in [0.01, 0.7], cannot mean that of probabilities, 1e-5 to 5e-4: it leaves no head.
