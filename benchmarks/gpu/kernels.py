@@ -29,9 +29,7 @@ from benchmarks.gpu.selection import by, missing
 from benchmarks.gpu.suite import Suite, forced
 from vtc import ops
 from vtc.methods import method_class
-from vtc.methods.base import ANY_MODEL
 from vtc.methods.video import VideoMethod
-from vtc.places import Tower
 
 # N, k, d and images of every kind: one token, a pair, odd sizes, newline-laden NeXT; all of them, one of them
 ODD = (
@@ -180,13 +178,8 @@ def names() -> list[str]:
     """
     ours = (name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc."))
     of_pictures = (name for name in ours if not issubclass(method_class(name), VideoMethod))
-    behind = (name for name in of_pictures if not acts_in_tower(method_class(name)()))
+    behind = (name for name in of_pictures if not method_class(name)().acts_in_tower)
     return [*METHODS, *(name for name in behind if name not in METHODS)]
-
-
-def acts_in_tower(method: vtc.Method) -> bool:
-    """Whether patches leave inside the vision tower."""
-    return any(isinstance(stage.at, Tower) for part in method.members for stage in part.stages(ANY_MODEL))
 
 
 def _control(model: Any, inputs: dict[str, Tensor], row: Row) -> Row:

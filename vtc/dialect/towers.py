@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.dialect.arguments import ENDS, HIDDEN, MASK, ROTARY, Role, Spelling
+from vtc.dialect.arguments import ENDS, HIDDEN, MASK, ROTARY, Arguments, Spelling
 from vtc.dialect.compilers import uncompiled
 
 IN_FRONT = ("cls_token", "distillation_token", "register_tokens")
@@ -139,26 +139,19 @@ def given_to(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return Given(spelling(module), args, kwargs)
 
 
-class Given:
-    """Arguments, read and written by role; what came by position goes on by position."""
+class Given(Arguments):
+    """Arguments of one call; what came by position goes on by position."""
 
     def __init__(self, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._names = [name for name in spelling.parameters if name != "self"]
-        self._named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
-        self._count = len(args)
-
-    def __getitem__(self, role: Role) -> Any:
-        return role.read(self._named)
-
-    def __setitem__(self, role: Role, value: Any) -> None:
-        name = next((name for name in role.names if name in self._named), role.names[0])
-        self._named[name] = value
+        names = [name for name in spelling.parameters if name != "self"]
+        super().__init__(spelling, dict(zip(names, args, strict=False)) | dict(kwargs))
+        self._front = names[: len(args)]
 
     @property
     def positional(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keywords, as a hook returns them."""
-        front = self._names[: self._count]
-        return tuple(self._named[name] for name in front), {k: v for k, v in self._named.items() if k not in front}
+        rest = {name: value for name, value in self.named.items() if name not in self._front}
+        return tuple(self.named[name] for name in self._front), rest
 
 
 def blocks_read(base: Any, tower: Tower, given: Mapping[str, Any] | None = None) -> int:

@@ -26,9 +26,7 @@ class _Blocks(PatchStages):
 
     def hooks(self) -> Iterator[Hook]:
         """As those of a tower in front of a language model; behind the blocks, only what is restored."""
-        first = self.steps[0].stage.at.depth
-        for index, block in enumerate(self.tower.layers[first:], first):
-            yield block, functools.partial(self.before_block, index), True
+        yield from self.hooks_on_blocks()
         yield self.tower.layers[-1], self.after_last_block, False
 
     def after_last_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

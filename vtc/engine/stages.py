@@ -43,12 +43,15 @@ class StagesOfTower(ABC):
         self.adapter, self.parts, self.tower = adapter, parts, tower
         self.steps, self.passing = tuple(steps), tuple(passing)
 
+    def hooks_on_blocks(self) -> Iterator[Hook]:
+        """Before each block from the first stage on."""
+        first = self.steps[0].stage.at.depth
+        for index, block in enumerate(self.tower.layers[first:], first):
+            yield block, functools.partial(self.before_block, index), True
+
     def hooks(self) -> Iterator[Hook]:
         """Of the tower."""
-        first = self.steps[0].stage.at.depth
-        for index, block in enumerate(self.tower.layers):
-            if index >= first:
-                yield block, functools.partial(self.before_block, index), True
+        yield from self.hooks_on_blocks()
         assert self.tower.module is not None
         yield self.tower.module, self.after_tower, False
         yield from self.hooks_behind()

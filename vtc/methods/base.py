@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vtc.budget import Keep, check_keep, count
 from vtc.methods.options import check_options, option
-from vtc.places import Entry, Place
+from vtc.places import Entry, Place, Tower
 from vtc.signals import Signal
 from vtc.tokens import Layout, VisualTokens, column
 from vtc.values import one_of
@@ -239,6 +239,11 @@ class Method(ABC):
         if keeps_all(self):
             return False
         return any(stage.at.before_the_model for member in self.members for stage in member.stages(ANY_MODEL))
+
+    @property
+    def acts_in_tower(self) -> bool:
+        """Whether patches leave inside the vision tower, whatever ``keep`` says."""
+        return any(isinstance(s.at, Tower) for member in self.members for s in member.stages(ANY_MODEL))
 
     @property
     def reads_layout(self) -> bool:

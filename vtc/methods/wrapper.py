@@ -11,7 +11,6 @@ from vtc.methods.base import ANY_MODEL, Method, ModelFacts, Newlines, Reduction,
 from vtc.methods.divprune import DivPrune
 from vtc.methods.returns import check_reduction
 from vtc.methods.stages import Step
-from vtc.places import Tower
 from vtc.tokens import Layout, VisualTokens
 from vtc.values import shown
 
@@ -42,7 +41,7 @@ def refuse_inside_tower(outer: str, selector: Method) -> None:
         outer: class of the method that wraps it.
         selector: the other.
     """
-    if any(isinstance(stage.at, Tower) for member in selector.members for stage in member.stages(ANY_MODEL)):
+    if selector.acts_in_tower:
         raise ValueError(
             f"selector={shown(selector)} lets patches leave inside the vision tower. What would work: "
             f"vtc.InTower(then=vtc.{outer}())"
