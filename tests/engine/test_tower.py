@@ -154,6 +154,21 @@ def test_masks_that_blocks_were_given_stay_beside_the_sizes(kind: str) -> None:
     torch.testing.assert_close(found, torch.tensor([0.0, hidden, math.log(3)])[None, None, None])
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_chain_behind_the_tower_is_the_method_itself_with_a_share_of_what_is_left(family: str) -> None:
+    model, batch, kept = get_model(family), make_batch(family), []
+    share = 0.5 if family == "gemma3" else 0.25  # where patches come back, all are left
+    inside = {"rule": "diverse", "keep": 0.5, "after": 1}
+    for method in (
+        vtc.Chain(vtc.InTower(**inside), vtc.DivPrune(keep=0.5)),
+        vtc.InTower(**inside, then=vtc.DivPrune(keep=share)),
+    ):
+        with vtc.patch(model, method) as p:
+            model.generate(**batch, **GREEDY)
+            kept.append([[k.tolist() for k in sample] for sample in p.last_keep])
+    assert kept[0] == kept[1]
+
+
 # ------------------------------------------------------------------------------------------------------------ bit-exact
 
 

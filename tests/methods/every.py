@@ -45,6 +45,10 @@ SAMPLES: dict[str, vtc.Method] = {
     "evit": vtc.EViT(keep=0.5, blocks=(1,)),
     "pixelprune": vtc.PixelPrune(tau=3.7),
     "zero-tprune": vtc.ZeroTPrune(keep=0.4, after=1),
+    "zero-tprune_then_divprune": vtc.Chain(vtc.ZeroTPrune(keep=0.6, after=1), vtc.DivPrune(keep=0.5)),
+    "tome_then_merge": vtc.Chain(vtc.ToMe(keep=0.6), vtc.Merge(vtc.DivPrune(keep=0.5))),
+    "evit_then_fastervlm": vtc.Chain(vtc.EViT(keep=0.6, blocks=(1,)), vtc.FasterVLM(keep=0.5)),
+    "pixelprune_then_divprune": vtc.Chain(vtc.PixelPrune(tau=3.7), vtc.DivPrune(keep=0.5)),
     # inside the language model
     "todre_both": vtc.ToDRE(keep=0.5, pivot="random", stage2=True, layer=2, tau=0.45),
     "transprune": vtc.TransPrune(**SCHEDULE),

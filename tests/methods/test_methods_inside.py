@@ -34,7 +34,7 @@ from vtc.methods.schedule import scaled
 from vtc.methods.stages import steps_of
 from vtc.methods.todre import ToDRE
 from vtc.methods.transprune import RATIOS, TransPrune
-from vtc.places import Entry, Layer
+from vtc.places import Entry, Layer, Tower
 from vtc.signals import Rows, Share, Transitions
 from vtc.tokens import Layout, Segment, VisualTokens
 
@@ -344,11 +344,32 @@ def test_keep_and_newlines_of_a_chain_are_those_of_the_first():
         (DivPrune(), STAGE2, "keep=1.0"),
         (DivPrune(keep=32), TransPrune(keep=64), r"64.*more than the 32"),
         (DivPrune(), TransPrune(newlines="keep"), "newlines='keep'"),
+        (vtc.InTower(then=DivPrune()), DivPrune(), "has chosen already"),
+        (vtc.ToMe(), vtc.InTower(), "has chosen already"),
+        (DivPrune(), vtc.ToMe(), "has chosen already"),
     ],
 )
 def test_chains_that_make_no_sense_are_refused(first, second, word):
     with pytest.raises(ValueError, match=word):
         Chain(first, second)
+
+
+def test_behind_the_tower_the_second_may_choose_before_the_model():
+    shallow = dataclasses.replace(facts(), tower_depth=4)
+    chain = Chain(vtc.ToMe(keep=0.5), DivPrune(keep=0.25)).settle(shallow)
+    assert [type(step.stage.at) for step in steps_of(chain, shallow)] == [Tower, Tower, Tower, Entry]
+    assert chain.counts([Layout.plain(100)]) == (12,)
+    assert Chain(vtc.InTower(keep=0.5, restore=True), DivPrune(keep=0.25)).counts([Layout.plain(100)]) == (25,)
+    assert Chain(vtc.PixelPrune(), DivPrune()).counts([Layout.plain(100)]) is None
+    assert Chain(vtc.ToMe(keep=2), DivPrune(keep=9)).second.keep == 9  # an image may be several pictures
+
+
+def test_a_chain_is_what_its_parts_are():
+    for part in (Chain(vtc.ToMe(), vtc.Adaptive()), Chain(vtc.Adaptive(), TransPrune())):
+        assert part.content_decides
+    for part in (Chain(GlobalCom2(), TransPrune()), Chain(vtc.ToMe(), DivPrune(newlines="keep"))):
+        assert part.reads_layout
+    assert not Chain(vtc.ToMe(), DivPrune()).reads_layout
 
 
 INSIDE = {

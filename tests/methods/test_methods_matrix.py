@@ -83,6 +83,7 @@ def refusing(family: str) -> set[str]:
     found = set()
     for name, method in SAMPLES.items():
         inside = any(isinstance(s.at, Layer) for m in method.members for s in m.stages(FACTS))
+        first = method.members[0].name
         if (
             (inside and family == HYBRID)
             or (method.name in SALIENT and family in NO_TOWER)
@@ -90,10 +91,10 @@ def refusing(family: str) -> set[str]:
             or (name.startswith("prumerge") and family not in PROJECTOR)
             or (method.name == "globalcom2" and family not in THUMBNAIL)
             or (method.name == "intower" and family not in (*RECTANGULAR, *UNITS))
-            or (method.name == "zero-tprune" and family not in RECTANGULAR)
-            or (method.name == "tome" and family not in MERGES)
-            or (method.name == "evit" and family not in (*PROJECTOR, *OTHERS))
-            or (method.name == "pixelprune" and family not in UNITS)
+            or (first == "zero-tprune" and family not in RECTANGULAR)
+            or (first == "tome" and family not in MERGES)
+            or (first == "evit" and family not in (*PROJECTOR, *OTHERS))
+            or (first == "pixelprune" and family not in UNITS)
         ):
             found.add(name)
     return found
@@ -119,7 +120,7 @@ def applies(family: str, method: vtc.Method, run: str) -> bool:
     """Not: prefixes and prepared windows with flash attention, which loses them upstream; and methods that read the
     question without a cache, where every step chooses anew and takes the answer so far for part of the question.
     """
-    if method.name in ("tome", "evit") and family == "llava_next_video":
+    if method.members[0].name in ("tome", "evit") and family == "llava_next_video":
         return False  # its pictures merge, and its videos, which are this family's input, are pooled
     if run == "flash":
         return family not in (*PREFIX_LM, HYBRID)

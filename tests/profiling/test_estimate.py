@@ -448,6 +448,22 @@ def test_video_frames():
     assert onevision.visual_tokens == 197
 
 
+def test_what_a_part_of_a_chain_leaves_to_the_picture_is_said():
+    chain = vtc.Chain(vtc.PixelPrune(), vtc.Adaptive(vtc.DivPrune(), at_most=0.5))
+    e = estimate(zoo.get_model("qwen2_5_vl"), (56, 56), method=chain)
+    assert [name for name in ("pixelprune", "adaptive") if any(f"{name} keeps depends" in n for n in e.notes)] == [
+        "pixelprune",
+        "adaptive",
+    ]
+    assert e.pruned.visual == (e.visual_tokens // 2,) * len(e.pruned.visual)
+
+
+def test_tower_and_entry_of_a_chain_are_counted():
+    e = estimate(zoo.get_model("llava"), (16, 16), method=vtc.Chain(vtc.ToMe(keep=0.5), vtc.DivPrune(keep=0.5)))
+    assert e.pruned.visual == (4, 4, 4)
+    assert e.vision_pruned.flops < e.vision.flops
+
+
 # ---------------------------------------------------------------------------------------------- against real pruning
 
 METHODS = [

@@ -1,4 +1,4 @@
-"""Chain: one method before the language model, another inside it."""
+"""Chain: one method after another: in the vision tower, before the language model, inside it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 from typing import ClassVar
 
 from vtc.budget import Keep
-from vtc.methods.base import Method, ModelFacts, Newlines, Reduction, Stage
+from vtc.methods.base import ANY_MODEL, Method, ModelFacts, Newlines, Reduction, Stage
 from vtc.methods.divprune import DivPrune
 from vtc.methods.registry import list_methods, method_class, register_method
 from vtc.methods.transprune import TransPrune
 from vtc.methods.wrapper import take_over
-from vtc.places import Layer
+from vtc.places import Layer, Tower
 from vtc.tokens import Layout, VisualTokens
 from vtc.values import shown
 
@@ -23,16 +23,19 @@ _HALF, _THEN = DivPrune(keep=0.5), TransPrune()
 @register_method
 @dataclass(frozen=True)
 class Chain(Method):
-    """Let one method choose before the language model, and another drop more of what is left inside it.
+    """Let one method choose before the language model, and another drop more of what is left further on.
 
     1. ``first`` chooses among all visual tokens; what it does inside the model itself, it does too.
-    2. ``second`` works inside the model only; its shares and counts refer to what ``first`` left.
-    3. So ``vtc.Chain(vtc.DivPrune(keep=0.5), vtc.TransPrune(keep=0.25))`` ends with 12.5 % of the tokens.
+    2. ``second`` works further on; its shares and counts refer to what ``first`` left.
+    3. So ``vtc.Chain(vtc.DivPrune(keep=0.5), vtc.TransPrune(keep=0.25))`` ends with 12.5 % of the tokens, and so does
+       ``vtc.Chain(vtc.ToMe(keep=0.5), vtc.DivPrune(keep=0.25))``. Patches that come back behind the tower have not
+       left: there ``second`` chooses among all tokens.
 
-    ``keep`` and ``newlines`` are those of ``first`` and, when given, replace them. The second of a chain is a method
-    that drops nothing before the model: TransPrune, PyramidDrop, FastV, SparseVLM, DART, or
-    ``vtc.ToDRE(keep=1.0, stage2=True)``, which is its stage 2 alone. A chain whose second would keep more tokens than
-    the first leaves, or would choose where the first has chosen already, is refused.
+    ``keep`` and ``newlines`` are those of ``first`` and, when given, replace them. Behind a ``first`` that acts inside
+    the vision tower alone, ``second`` may be any that does not act there. Behind any other it is one that drops nothing
+    before the model: TransPrune, PyramidDrop, FastV, SparseVLM, DART, or ``vtc.ToDRE(keep=1.0, stage2=True)``, which is
+    its stage 2 alone. A chain whose second would keep more tokens than the first leaves, or would choose where the
+    first has chosen already, is refused.
     TransPrune's paper puts it on VisionZip and CDPruner, which leave 24 tokens of 576, with 97.2 and 97.6 % of their
     accuracy.
 
@@ -60,15 +63,18 @@ class Chain(Method):
 
     def _check_order(self) -> None:
         first, second = self.first, self.second
+        in_tower = _only_in_tower(first)
         if not first.prunes_at_entry:
             swap = f"; the other way round, vtc.Chain({shown(second)}, {shown(first)}), it works"
             swap = swap if second.prunes_at_entry else ""
             raise ValueError(f"first={shown(first)} drops nothing before the language model{swap}")
-        if second.prunes_at_entry:
+        if second.acts_in_tower or (second.prunes_at_entry and not in_tower):
             raise ValueError(
                 f"second={shown(second)} chooses before the language model, where first={shown(first)} has chosen "
                 f"already; what works inside it: {', '.join(_inside())} or vtc.ToDRE(keep=1.0, stage2=True)"
             )
+        if in_tower:
+            return  # its keep is that of pictures, and newlines come later
         if isinstance(first.keep, int) and isinstance(second.keep, int) and second.keep > first.keep:
             raise ValueError(
                 f"second keeps {second.keep} tokens of an image, more than the {first.keep} that first leaves; give "
@@ -89,8 +95,13 @@ class Chain(Method):
 
     @property
     def content_decides(self) -> bool:  # type: ignore[override]
-        """If ``first`` is."""
-        return self.first.content_decides
+        """If one of the two is."""
+        return self.first.content_decides or self.second.content_decides
+
+    @property
+    def reads_layout(self) -> bool:
+        """If one of the two does."""
+        return self.first.reads_layout or self.second.reads_layout
 
     @property
     def members(self) -> tuple[Method, ...]:
@@ -110,7 +121,7 @@ class Chain(Method):
         """Asks both; they must not act at the same place."""
         self.first.check(facts)
         self.second.check(facts)
-        if not any(isinstance(stage.at, Layer) for stage in self.second.stages(facts)):
+        if not self.second.prunes_at_entry and not _inside_model(self.second, facts):
             raise ValueError(f"second={shown(self.second)} drops nothing inside the language model")
         for a, b in pairwise(self.stages(facts)):
             if a.at == b.at and isinstance(a.at, Layer):
@@ -134,6 +145,16 @@ class Chain(Method):
     def reduce(self, stage: Stage, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Reduction:
         """Never asked: its members are."""
         raise NotImplementedError("the stages of a chain are those of its parts; see Method.members")
+
+
+def _only_in_tower(method: Method) -> bool:
+    """Whether patches leave inside the vision tower, and nothing between it and the language model."""
+    places = [s.at for member in method.members for s in member.stages(ANY_MODEL) if s.at.before_the_model]
+    return all(isinstance(at, Tower) for at in places)
+
+
+def _inside_model(method: Method, facts: ModelFacts) -> bool:
+    return any(isinstance(s.at, Layer) for member in method.members for s in member.stages(facts))
 
 
 def _inside() -> list[str]:

@@ -36,15 +36,21 @@ def assumptions(
     if per_layer[-1] == 0:
         first = per_layer.index(0)
         yield f"After layer {first} {method.name} drops all visual tokens or none, by the question: counted as dropped."
-    if method.content_decides:
-        yield f"How many tokens {method.name} keeps depends on the picture: counted with the most, keep={method.keep}."
-    if method.name == "pixelprune":
-        yield "How many tokens pixelprune keeps depends on the picture: counted for one that no neighbour predicts."
+    for member in method.members:
+        yield from _by_content(member)
     if uneven:
         yield (
             "How patches that leave inside the vision tower spread over frames and windows depends on the picture: "
             "counted as spread evenly, and as if all mergers came behind."
         )
+
+
+def _by_content(method: Method) -> Iterator[str]:
+    """What one method leaves to the picture."""
+    if method.content_decides:
+        yield f"How many tokens {method.name} keeps depends on the picture: counted with the most, keep={method.keep}."
+    if method.name == "pixelprune":
+        yield "How many tokens pixelprune keeps depends on the picture: counted for one that no neighbour predicts."
     if method.name == "globalcom2":
         yield "How budgets spread over crops depends on the picture: counted for a picture that shows nothing."
 
