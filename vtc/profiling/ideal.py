@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +36,17 @@ def encoder_flops(model: nn.Module, inputs: Inputs, patched: bool = False) -> fl
     """FLOPs of vision tower and projector for a batch, by torch's counter, which sees what really runs.
 
     Under a patch (``patched``) what signals and rules compute in the tower is counted with it.
-    It cannot look into a flash-attention package: where a tower uses one, its attention is missing from the count.
+    """
+    return count_flops(lambda: encode(model, inputs, patched))
+
+
+def count_flops(run: Callable[[], Any]) -> float:
+    """FLOPs of whatever ``run`` runs, two for a multiplication with its addition.
+
+    Torch's counter cannot look into a flash-attention package: where one is used, its attention is missing.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-        encode(model, inputs, patched)
+        run()
     return counter.get_total_flops()
 
 
