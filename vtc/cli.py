@@ -25,6 +25,7 @@ from vtc.commands.profile import profile
 from vtc.commands.serve import PASS_ON, serve
 from vtc.commands.shared import (
     TRACEBACK,
+    Calibration,
     Device,
     KeepText,
     MethodName,
@@ -95,6 +96,7 @@ def run(
     keep: KeepText = "0.25",
     option: Options = None,
     positions: Positions = "original",
+    calibration: Calibration = None,
     overlay: Annotated[Path | None, typer.Option(help="Write the image with the kept tokens drawn on it.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Print the unpruned model's answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="The answer is cut there.")] = 64,
@@ -103,7 +105,7 @@ def run(
 ) -> None:
     """Ask any checkpoint one question about one image, pruned."""
     with clear_errors():
-        config = build_config(method, keep, option, positions)
+        config = build_config(method, keep, option, positions, calibration)
         from vtc.checkpoint import Checkpoint
         from vtc.viz.pixels import open_image
 
@@ -128,6 +130,7 @@ def demo(
     keep: KeepText = "0.25",
     option: Options = None,
     positions: Positions = "original",
+    calibration: Calibration = None,
     questions: Annotated[int, typer.Option("--questions", "-n", help="How many questions to ask.")] = 300,
     batch: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
     repeats: Annotated[int, typer.Option(help="Timed pairs of prefills.")] = 7,
@@ -151,7 +154,7 @@ def demo(
         logging.disable_progress_bar()
         torch.set_num_threads(threads)
         report = run_demo(
-            build_config(method, keep, option, positions),
+            build_config(method, keep, option, positions, calibration),
             questions=questions,
             batch=batch,
             repeats=repeats,

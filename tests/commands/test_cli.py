@@ -178,6 +178,14 @@ def test_bad_positions(checkpoint, picture):
     assert "positions" in refused("run", checkpoint, picture, "what ?", "--positions", "shuffled")
 
 
+def test_calibration(checkpoint, picture):
+    """Greedy answers may agree: what is refused tells that it arrived."""
+    asked = ("run", checkpoint, picture, "what ?", "--calibration")
+    assert invoke(*asked, "size+distance", "--max-new-tokens", "2").exit_code == 0
+    assert "calibration='size' " in refused(*asked, "size")  # divprune merges nothing
+    assert "calibration='odd'" in refused(*asked, "odd")
+
+
 def test_bad_device_and_dtype(checkpoint, picture):
     assert "--device 'toaster'" in refused("run", checkpoint, picture, "what ?", "--device", "toaster")
     assert "--device 'cuda:99'" in refused("run", checkpoint, picture, "what ?", "--device", "cuda:99")

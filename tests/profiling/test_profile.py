@@ -357,9 +357,10 @@ def test_the_command_writes_table_json_rows_and_chart(tmp_path):
     document = json.loads((tmp_path / "profile.json").read_text())
     assert [each["method"] for each in document["measurements"]] == [row["method"] for row in rows]
     assert (tmp_path / "profile.png").stat().st_size > 10_000
-    rows_alone = ("--out", tmp_path / "profile.csv")
-    assert invoke(*small, "--method", "grid", *rows_alone).exit_code == 0  # the last --out counts
-    assert len(list(csv.DictReader((tmp_path / "profile.csv").open()))) == len(rows) + 2
+    rows_alone = ("--out", tmp_path / "profile.csv")  # the last --out counts
+    assert invoke(*small, "--method", "grid", "--calibration", "size+distance", *rows_alone).exit_code == 0
+    longer = list(csv.DictReader((tmp_path / "profile.csv").open()))
+    assert [row["calibration"] for row in longer] == [""] * (len(rows) + 1) + ["size+distance"]
     assert json.loads((tmp_path / "profile.json").read_text()) == document
 
 

@@ -213,6 +213,14 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(exam, monkeypatch)
             work.plan(exam, methods, keeps)
 
 
+def test_methods_are_calibrated_and_baselines_are_not(exam):
+    cells = work.plan(exam, ["grid", "merge"], [0.5], calibration="size")
+    assert [None if c.config is None else c.config.calibration for c in cells] == [None, None, "size"]
+    assert [work._about(cell)["calibration"] for cell in cells] == ["", "", "size"]
+    with pytest.raises(ValueError, match="calibration='size'"):
+        work.plan(exam, ["divprune"], [0.5], calibration="size")  # it merges nothing
+
+
 def test_tasks(monkeypatch):
     monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
     tasks.register_task("captions", lambda: Task("captions", lambda n: [], None))
@@ -234,6 +242,7 @@ def test_tasks(monkeypatch):
         (("--batch", "0"), "below 1"),
         (("nowhere/model",), "--task is needed"),
         (("--positions", "odd"), "positions='odd'"),
+        (("--calibration", "odd"), "calibration='odd'"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, told, tmp_path):

@@ -75,8 +75,9 @@ def test_too_few_questions_are_refused_with_a_number_that_would_do():
 
 
 def test_other_options_and_positions_stay():
-    config = vtc.CompressionConfig("todre", {"keep": 0.5, "variant": "k_center"}, "compact")
+    config = vtc.CompressionConfig("todre", {"keep": 0.5, "variant": "k_center"}, "compact", calibration="size")
     changed = with_keep(config, 0.13)
+    assert changed.calibration == "size"
     assert (changed.options["keep"], changed.options["variant"], changed.positions) == (0.13, "k_center", "compact")
 
 

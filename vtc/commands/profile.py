@@ -10,6 +10,7 @@ import typer
 
 from vtc.commands.shared import (
     SHIPPED,
+    Calibration,
     Device,
     Positions,
     Threads,
@@ -50,6 +51,7 @@ def profile(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded to time a step; 0: none.")] = 8,
     repeats: Annotated[int, typer.Option(help="Timed rounds; every round runs everything once.")] = 7,
     positions: Positions = "original",
+    calibration: Calibration = None,
     dtype: Annotated[
         str, typer.Option(help="auto (as saved; random weights: float32), float32, bfloat16 ...")
     ] = "auto",
@@ -93,6 +95,7 @@ def profile(
             repeats=repeats,
             new_tokens=new_tokens,
             positions=positions,
+            calibration=calibration,
             progress=lambda message: console.print(f"[dim]{message} ...[/]"),
         )
         about = describe(vlm, name, workload)
@@ -198,6 +201,7 @@ def row_of(measurement: Measurement) -> dict[str, Any]:
         "keep": repr(measurement.keep),  # 1.0 is everything, 1 is one token
         "options": "" if config is None else json.dumps(config["options"], sort_keys=True),
         "positions": "" if config is None else config["positions"],
+        "calibration": "" if config is None else config.get("calibration", ""),
         "batch": measurement.batch,
         "visual_tokens": measurement.visual_tokens,
         "kept_tokens": measurement.kept_tokens,

@@ -25,6 +25,9 @@ Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="An option of the method, as name=value; repeatable.")
 ]
 Positions = Annotated[str, typer.Option(help="original: kept tokens keep their positions; compact: renumbered.")]
+Calibration = Annotated[
+    str | None, typer.Option(help="Added to attention logits: size, size+distance or size+visual-distance.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: a GPU where there is one.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves them alone.")]
 
@@ -81,13 +84,16 @@ def parse_options(options: list[str] | None) -> dict[str, Any]:
     return named
 
 
-def build_config(method: str, keep: str, options: list[str] | None, positions: str) -> CompressionConfig:
-    """What ``--method``, ``--keep``, ``--option`` and ``--positions`` ask for."""
+def build_config(
+    method: str, keep: str, options: list[str] | None, positions: str, calibration: str | None = None
+) -> CompressionConfig:
+    """What ``--method``, ``--keep``, ``--option``, ``--positions`` and ``--calibration`` ask for."""
     from vtc.config import CompressionConfig
     from vtc.methods import make_method
 
     named = parse_options(options)
-    return CompressionConfig.of(make_method(method, keep=parse_keep(keep), **named), cast(Any, positions))
+    chosen = make_method(method, keep=parse_keep(keep), **named)
+    return CompressionConfig.of(chosen, cast(Any, positions), cast(Any, calibration))
 
 
 def pick_device(name: str) -> str:

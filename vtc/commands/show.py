@@ -10,6 +10,7 @@ import typer
 
 from vtc.commands.shared import (
     SHIPPED,
+    Calibration,
     Device,
     KeepText,
     MethodName,
@@ -34,6 +35,7 @@ def show(
     keep: KeepText = "0.25",
     option: Options = None,
     positions: Positions = "original",
+    calibration: Calibration = None,
     question: Annotated[
         str, typer.Option("--question", "-q", help="What to ask; some methods choose by it.")
     ] = "What is in the picture?",
@@ -54,7 +56,7 @@ def show(
     """
     with clear_errors():
         _check_out(out)
-        config = build_config(method, keep, option, positions)
+        config = build_config(method, keep, option, positions, calibration)
         from vtc.viz.pixels import open_image
 
         picture = open_image(image)

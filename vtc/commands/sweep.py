@@ -9,6 +9,7 @@ import typer
 
 from vtc.commands.shared import (
     SHIPPED,
+    Calibration,
     Device,
     Positions,
     Threads,
@@ -55,6 +56,7 @@ def sweep(
     questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many questions are asked.")] = 600,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     positions: Positions = "original",
+    calibration: Calibration = None,
     device: Device = "auto",
     threads: Threads = 1,
     out: Annotated[Path, typer.Option(help="Folder for sweep.csv, which is gone on with, and sweep.html.")] = Path(
@@ -78,7 +80,7 @@ def sweep(
         keeps, batches = [parse_keep(each) for each in listed(keep, "keep")], numbers(batch, "batch")
         exam, name = make_exam(model, task, include_path, questions, pick_device(device), threads)
         wanted = work.fitting_baselines(exam) if baselines else []
-        cells = work.plan(exam, [*wanted, *listed(methods, "methods")], keeps, positions)
+        cells = work.plan(exam, [*wanted, *listed(methods, "methods")], keeps, positions, calibration)
         with tqdm(total=len(cells), desc="cells") as bar:
             rows = work.sweep(
                 exam,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vtc.commands.shared import (
+    Calibration,
     Device,
     MethodName,
     Options,
@@ -31,6 +32,7 @@ def tune(
     include_path: IncludePath = None,
     option: Options = None,
     positions: Positions = "original",
+    calibration: Calibration = None,
     questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many questions are asked.")] = 1200,
     device: Device = "auto",
     threads: Threads = 1,
@@ -51,7 +53,7 @@ def tune(
         from vtc.profiling.tune import tune as search
 
         bound = parse_drop(max_drop)
-        config = build_config(method, "0.5", option, positions)
+        config = build_config(method, "0.5", option, positions, calibration)
         exam, name = make_exam(model, task, include_path, questions, pick_device(device), threads)
         from vtc.patching import patch
 

@@ -95,6 +95,7 @@ def profile(
     warmup: int = 1,
     new_tokens: int = 0,
     positions: str | None = None,
+    calibration: str | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[Measurement]:
     """Measure a model unpruned and pruned.
@@ -110,6 +111,7 @@ def profile(
         warmup: untimed rounds before them.
         new_tokens: tokens decoded after the prefill to time a decode step; 0 leaves decoding out.
         positions: as for :func:`vtc.patch`.
+        calibration: the same.
         progress: called with a line of text at the start of each phase.
 
     Returns:
@@ -122,7 +124,7 @@ def profile(
         raise ValueError(
             f"{repeats=} and batches={tuple(batches)} must be at least 1, {warmup=} and {new_tokens=} at least 0"
         )
-    configs = configurations(method, keep, positions)
+    configs = configurations(method, keep, positions, calibration)
     for config in configs:
         patch(model, config).unpatch()  # what cannot work is refused before the first minute is spent
     inputs_of = functools.partial(inputs.inputs, model) if isinstance(inputs, Workload) else inputs
@@ -140,6 +142,7 @@ def configurations(
     method: str | Method | CompressionConfig | Sequence[str | Method | CompressionConfig],
     keep: Keep | Sequence[Keep] | None = None,
     positions: str | None = None,
+    calibration: str | None = None,
 ) -> list[CompressionConfig]:
     """Every method with every ``keep``, as configurations; arguments as for :func:`profile`.
 
@@ -151,7 +154,7 @@ def configurations(
     keeps = list(keep) if isinstance(keep, Sequence) else [keep]
     if not methods or not keeps:
         raise ValueError(f"{method=} and {keep=} leave nothing to run")
-    return [parse_request(each, share, positions, {})[0] for each in methods for share in keeps]
+    return [parse_request(each, share, positions, {}, calibration)[0] for each in methods for share in keeps]
 
 
 @dataclass(frozen=True)

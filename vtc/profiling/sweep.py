@@ -37,12 +37,15 @@ BASELINES = ("random", "grid", *COARSE)
 
 COLUMNS = (
     *("date", "commit", "device", "driver", "torch", "triton", "transformers", "vtc", "model", "task", "questions"),
-    *("asked", "dtype", "method", "keep", "options", "positions", "batch", "visual_tokens", "kept_tokens", "accuracy"),
-    *("accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "apart", "repeats", "ttft_ms", "ttft_ms_p10"),
-    *("ttft_ms_p90", "speedup", "speedup_p10", "speedup_p90", "ideal", "realised", "realised_p10", "realised_p90"),
-    *("correct", "faults", "marks"),
+    *("asked", "dtype", "method", "keep", "options", "positions", "calibration", "batch", "visual_tokens"),
+    *("kept_tokens", "accuracy", "accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "apart", "repeats"),
+    *("ttft_ms", "ttft_ms_p10", "ttft_ms_p90", "speedup", "speedup_p10", "speedup_p90", "ideal", "realised"),
+    *("realised_p10", "realised_p90", "correct", "faults", "marks"),
 )
-_KEY = ("device", "model", "task", "asked", "dtype", "method", "keep", "options", "positions", "batch", "repeats")
+_KEY = (
+    *("device", "model", "task", "asked", "dtype", "method", "keep", "options", "positions", "calibration", "batch"),
+    *("repeats",),
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,14 @@ class Cell:
         return "" if self.config is None else json.dumps(self.config.to_dict()["options"], sort_keys=True)
 
 
-def plan(exam: Exam, methods: Sequence[str], keeps: Sequence[Keep], positions: str = "original") -> list[Cell]:
-    """The cells of a sweep: the unpruned model, then every method with every ``keep``.
+def plan(
+    exam: Exam,
+    methods: Sequence[str],
+    keeps: Sequence[Keep],
+    positions: str = "original",
+    calibration: str | None = None,
+) -> list[Cell]:
+    """The cells of a sweep: the unpruned model, then every method with every ``keep``. Baselines are not calibrated.
 
     Raises:
         ValueError: an unknown method, a ``keep`` out of range, or what the model cannot do. Nothing was run then.
@@ -78,7 +87,8 @@ def plan(exam: Exam, methods: Sequence[str], keeps: Sequence[Keep], positions: s
                 coarse(name, exam.model, exam.processor, keep)
                 cells.append(Cell(name, keep))
             elif name != UNPRUNED:
-                config = CompressionConfig.of(method_class(name)(keep=keep), positions)  # type: ignore[arg-type]
+                bias: Any = None if name in BASELINES else calibration
+                config = CompressionConfig.of(method_class(name)(keep=keep), positions, bias)  # type: ignore[arg-type]
                 patch(exam.model, config).unpatch()
                 cells.append(Cell(name, keep, config))
     return cells
@@ -158,8 +168,14 @@ def _key(about: dict[str, str], cell: Cell, batch: int) -> tuple[str, ...]:
 
 
 def _about(cell: Cell) -> dict[str, str]:
-    positions = "" if cell.config is None else cell.config.positions
-    return {"method": cell.method, "keep": repr(cell.keep), "options": cell.options, "positions": positions}
+    config = cell.config
+    return {
+        "method": cell.method,
+        "keep": repr(cell.keep),
+        "options": cell.options,
+        "positions": "" if config is None else config.positions,
+        "calibration": "" if config is None else config.calibration or "",
+    }
 
 
 def _read(row: dict[str, str]) -> tuple[list[float], float]:
