@@ -28,7 +28,7 @@ def _share(part: float, whole: float) -> str:
 
 def print_report(console: Console, result: DemoResult) -> None:
     """The table of `vtc demo`, the accuracy by type of question, and the pictured example."""
-    name = f"{result.config.method}, keep {result.config.options['keep']}"
+    name = result.config.build().title
     console.print(_summary(result, name))
     console.print(NOTES.format(result=result), markup=False, highlight=False)
     kinds = Table("accuracy by type", "asked", "unpruned", name)

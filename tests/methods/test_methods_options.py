@@ -87,3 +87,17 @@ def test_no_option_of_ours_takes_nonsense(name: str) -> None:
         if each.init:
             with pytest.raises((TypeError, ValueError), match=each.name if check_of(type(method), each.name) else None):
                 dataclasses.replace(method, **{each.name: object()})
+
+
+def test_titles_name_a_budget_where_there_is_one() -> None:
+    titles = {
+        "divprune, keep 0.25": vtc.DivPrune(),
+        "fastv, keep 64": vtc.FastV(keep=64),
+        "adaptive, keep 0.5": vtc.Adaptive(vtc.DivPrune(), at_most=0.5),
+        "intower, keep 0.5": vtc.InTower(),
+        "chain, keep 0.5": vtc.Chain(),
+        "pixelprune": vtc.PixelPrune(),
+        "prumerge": vtc.PruMerge(adaptive=True),
+        "chain": vtc.Chain(vtc.PixelPrune(), vtc.DivPrune()),
+    }
+    assert {method.title: method for method in titles.values()} == titles

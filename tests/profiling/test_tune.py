@@ -74,6 +74,14 @@ def test_too_few_questions_are_refused_with_a_number_that_would_do():
     assert tune(Pretended(enough, lambda keep: 0.0), DIVPRUNE, 0.01).config.options["keep"] == 0.01
 
 
+@pytest.mark.parametrize("method", [vtc.PixelPrune(), vtc.PruMerge(adaptive=True)])
+def test_a_method_that_looks_at_no_keep_is_refused(method):
+    exam = Pretended(1000, lambda keep: 0.0)
+    with pytest.raises(ValueError, match=f"{method.name} lets the picture decide"):
+        tune(exam, vtc.CompressionConfig.of(method), 0.01)
+    assert exam.asked == []
+
+
 def test_other_options_and_positions_stay():
     config = vtc.CompressionConfig("todre", {"keep": 0.5, "variant": "k_center"}, "compact", calibration="size")
     changed = with_keep(config, 0.13)

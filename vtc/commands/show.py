@@ -91,7 +91,7 @@ def show(
                     ("kept visual tokens", drawing),
                     ("kept visual tokens, one stage after the other", moving),
                 ]
-                write_text(out, page(f"{method}, keep {keep}: {image.name}", report, drawings))
+                write_text(out, page(f"{handle.method.title}: {image.name}", report, drawings))
         typer.echo(str(report))
         segments = [s for images in handle.last_layouts or [] for layout in images for s in layout.segments]
         if any(segment.grid is None and segment.kind != "newline" for segment in segments):

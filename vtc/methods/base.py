@@ -241,6 +241,16 @@ class Method(ABC):
         return any(stage.at.before_the_model for member in self.members for stage in member.stages(ANY_MODEL))
 
     @property
+    def reads_keep(self) -> bool:
+        """Whether ``keep`` says how many stay, or how many at most; False: the picture alone does."""
+        return self.content_decides or self.counts([Layout.plain(1 << 16)]) is not None
+
+    @property
+    def title(self) -> str:
+        """Name and budget, for captions."""
+        return f"{self.name}, keep {self.keep}" if self.reads_keep else self.name
+
+    @property
     def acts_in_tower(self) -> bool:
         """Whether patches leave inside the vision tower, whatever ``keep`` says."""
         return any(isinstance(s.at, Tower) for member in self.members for s in member.stages(ANY_MODEL))

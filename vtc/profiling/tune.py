@@ -81,11 +81,16 @@ def tune(
         tick: called with the number of questions of each batch that is done.
 
     Raises:
-        ValueError: ``max_drop`` is out of range; the model cannot be pruned so; or the sample is too small for any
+        ValueError: ``max_drop`` is out of range; the method looks at no ``keep``; the model cannot be pruned so; or the sample is too small for any
             answer, which the message says along with the number of questions it would take.
     """
     if not 0.0 < max_drop < 1.0:
         raise ValueError(f"max_drop={shown(max_drop)} must lie between 0 and 1; one point of accuracy is 0.01")
+    if not (method := config.build()).reads_keep:
+        raise ValueError(
+            f"{method.name} lets the picture decide how many tokens stay, and no keep can be looked for. What would "
+            "work: vtc sweep, which measures it as it is; or another method, e.g. 'divprune'"
+        )
     scores, _ = exam.take(tick=tick)
     before = exam.headline(scores)
     if (floor := paired_loss(before, before)[2]) > max_drop:

@@ -108,5 +108,4 @@ def _orders(handle: Handle, sample: int) -> list[Tensor | None]:
 
 
 def _caption(handle: Handle, more: str) -> str:
-    text = f"{handle.method.name}, keep {handle.method.keep}"
-    return f"{text}\n{more}" if more else text
+    return f"{handle.method.title}\n{more}" if more else handle.method.title
