@@ -81,8 +81,8 @@ def tune(
         tick: called with the number of questions of each batch that is done.
 
     Raises:
-        ValueError: ``max_drop`` is out of range; the method looks at no ``keep``; the model cannot be pruned so; or the sample is too small for any
-            answer, which the message says along with the number of questions it would take.
+        ValueError: ``max_drop`` is out of range; the method looks at no ``keep``; the model cannot be pruned so; or the
+            sample is too small for any answer, which the message says along with the number of questions it would take.
     """
     if not 0.0 < max_drop < 1.0:
         raise ValueError(f"max_drop={shown(max_drop)} must lie between 0 and 1; one point of accuracy is 0.01")
