@@ -63,7 +63,7 @@ def most_isolated(z: Tensor, scale: float, mask: Tensor) -> int | None:
     n = len(z)
     if n < 2:
         return int(tokens[0]) if n else 0
-    error = _error(z.shape[1])
+    error = cosine_error(z.shape[1])
     open_ = torch.arange(n, device=z.device)  # not ruled out
     rows, place = z, open_  # rows[place[i]] is token open_[i]; rows are gathered anew when half of them have left
     nearest = z.new_full((n,), _NOBODY)  # in float32, among the tokens met
@@ -116,7 +116,7 @@ def lazy_picks(
         LongTensor [k], pick order.
     """
     n, d = z.shape
-    error = _error(d)
+    error = cosine_error(d)
     picks = torch.empty(k, dtype=torch.long, device=z.device)
     rows, exact_rows = z.new_empty(k, d), z.new_empty(k, d, dtype=torch.float64)  # of the picks
     picks[0], rows[0], exact_rows[0] = first, z[first], z[first]
@@ -170,7 +170,7 @@ def lazy_picks(
     return picks
 
 
-def _error(d: int) -> float:
+def cosine_error(d: int) -> float:
     """What a cosine of float32 products may be off; eight for the scaling and subtractions, 1.01 for lengths."""
     u = 2.0**-24
     return 1.01 * (d + 8) * u / (1 - (d + 8) * u)

@@ -13,26 +13,30 @@ A matrix-vector product runs at the speed of memory and costs as much as about 2
 on the CPU we measured, so the matrix is built for N <= 24 k, and whenever the first pick needs all pairs anyway, as
 long as it has at most 2**28 entries (N = 16384). Batches above that size are worked off in parts.
 
-Large images in eager CPU tensors take a third way to the same picks, which branches on values: ``vtc.ops.cpu``.
+Eager CPU tensors take other ways to the same picks, which branch on values: ``vtc.ops.cpu`` for a small share of a
+large image, ``vtc.ops.filtered`` where otherwise the Gram matrix would be built.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vtc.ops import cpu
+from vtc.ops import cpu, filtered
 
 GRAM_ENTRIES = 2**28
 GRAM_ROWS_PER_PICK = 24
 BLOCK = 256
-CACHED = 32  # rows that stay in the cache while they are scaled
+CACHED = 2**17  # entries of rows that stay in the cache while they are scaled
 UNIT = 127.0 * (1 + 256 + 65536)  # 8355711: three balanced digits of base 256
 LAZY_TOKENS = 1536  # with fewer, the lazy picks of vtc.ops.cpu cost more than they skip
 LAZY_SHARE = 1 / 4  # of the tokens picked; above it they skip too little
+FILTERED_BATCH = 2**27  # products of an image from which on a batch is faster one by one
+FILTERED_SUM = (1 / 8, 1024)  # share picked, and width, up to which sums are filtered: beyond, too many are exact
 MOST = 1.0  # of a cosine, where distances are weighted: one below 0 would favour what weighs least
 _PADDING = -1e30  # the base of a padding row: below every token, above what is picked already
 _LONE = -2.0  # the similarity of a token to its nearest neighbour when it has none
@@ -94,18 +98,17 @@ class Job:
 def picks(job: Job) -> Tensor:
     """The first k picks of every image: LongTensor [B, k], in pick order."""
     _, n, d = job.x.shape
-    lazy = _lazy(job.x, job.k, job.running_sum)
-    make, size = (_lazy_picks, 1) if lazy else (_picks, max(1, GRAM_ENTRIES // (n * max(n, d, 1))))
-    chosen = [make(part) for part in job.parts(size)]
+    make = _branching(job)
+    size = max(1, GRAM_ENTRIES // (n * max(n, d, 1))) if make is None else 1
+    chosen = [(make or _picks)(part) for part in job.parts(size)]
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
 def _picks(job: Job) -> Tensor:
     """The recursion itself, for a part of the batch."""
-    n, mask = job.x.shape[1], job.mask
+    mask = job.mask
     z = _unit_integers(job.x)
-    gram = n * n <= GRAM_ENTRIES and (job.all_pairs or n <= GRAM_ROWS_PER_PICK * job.k)
-    similarity = _by_gram(z) if gram else _by_product(z)
+    similarity = _by_gram(z) if _by_all_pairs(job) else _by_product(z)
 
     base, weight = _terms(job)
     pick = _given_first(job)
@@ -146,28 +149,62 @@ def _given_first(job: Job) -> Tensor | None:
     return first_max(job.importance.masked_fill(~job.mask, _PADDING))
 
 
-def _lazy(x: Tensor, k: int, running_sum: bool) -> bool:
-    """Whether ``vtc.ops.cpu`` makes the picks: it branches on values, so it is for eager tensors on the CPU."""
-    if x.device.type != "cpu" or running_sum or torch.compiler.is_compiling():
-        return False
-    b, n, d = x.shape
-    return min(b, d) > 0 and n >= LAZY_TOKENS and k <= n * LAZY_SHARE and cpu.exact_float32()
+def _branching(job: Job) -> Callable[[Job], Tensor] | None:
+    """What makes the picks of one image by branching on values, where it may and pays: eager tensors on a CPU."""
+    b, n, d = job.x.shape
+    on_host = job.x.device.type == "cpu" and job.x.numel() > 0 and not torch.compiler.is_compiling()
+    if not on_host or not cpu.exact_float32():
+        return None
+    if n >= LAZY_TOKENS and job.k <= n * LAZY_SHARE and not job.running_sum:
+        return _lazy_picks
+    share, width = FILTERED_SUM
+    pays = (b == 1 or n * n * d >= FILTERED_BATCH) and (not job.running_sum or (job.k <= n * share and d <= width))
+    return _filtered_picks if pays and _by_all_pairs(job) else None
+
+
+def _by_all_pairs(job: Job) -> bool:
+    """Whether the Gram matrix is worth its work."""
+    n = job.x.shape[1]
+    return n * n <= GRAM_ENTRIES and (job.all_pairs or n <= GRAM_ROWS_PER_PICK * job.k)
 
 
 def _lazy_picks(job: Job) -> Tensor:
     """The picks of one image by ``vtc.ops.cpu``, or by the recursion above if no token can be ruled out cheaply."""
-    x = job.x
-    z = torch.empty(x.shape[1:], device=x.device, dtype=torch.float32)
-    for s in range(0, len(z), CACHED):
-        z[s : s + CACHED] = _unit_integers(x[0, s : s + CACHED])
-    given = _given_first(job)
+    z, given = _rounded(job.x[0]), _given_first(job)
     first = cpu.most_isolated(z, UNIT**-2, job.mask[0]) if given is None else int(given)
     if first is None:
         return _picks(job)
     base, weight = _terms(job)
-    if isinstance(weight, Tensor):
-        return cpu.lazy_picks(z, UNIT**-2, base[0], weight[0], first, job.k, MOST)[None]
-    return cpu.lazy_picks(z, UNIT**-2, base[0], torch.full_like(base[0], weight), first, job.k)[None]
+    each = weight[0] if isinstance(weight, Tensor) else torch.full_like(base[0], weight)
+    return cpu.lazy_picks(z, UNIT**-2, base[0], each, first, job.k, _most(job))[None]
+
+
+def _filtered_picks(job: Job) -> Tensor:
+    """The picks of one image by ``vtc.ops.filtered``, or by the recursion above if too many tokens are alike."""
+    cosines, given = filtered.Cosines(_rounded(job.x[0]), UNIT**-2), _given_first(job)
+    base, weight = _terms(job)
+    try:
+        first = filtered.most_isolated(cosines, job.mask[0]) if given is None else int(given)
+        if job.running_sum:
+            return filtered.sum_picks(cosines, base[0], first, job.k)[None]
+        each = weight[0] if isinstance(weight, Tensor) else weight
+        return filtered.nearest_picks(cosines, base[0], each, first, job.k, _most(job))[None]
+    except filtered.TooMuchAlikeError:
+        return _picks(job)
+
+
+def _most(job: Job) -> float:
+    """The greatest cosine that counts."""
+    return math.inf if job.weights is None else MOST
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Float32 [N, d], the integers of rows [N, d]; a few rows at a time."""
+    z = torch.empty(x.shape, device=x.device, dtype=torch.float32)
+    rows = max(1, CACHED // x.shape[1])
+    for s in range(0, len(z), rows):
+        z[s : s + rows] = _unit_integers(x[s : s + rows])
+    return z
 
 
 def _unit_integers(x: Tensor) -> Tensor:
