@@ -72,7 +72,7 @@ def test_the_wheel_names_its_extras_and_few_dependencies(wheel):
     assert metadata["Version"] == PROJECT["project"]["version"]
     assert metadata["License-Expression"] == "Apache-2.0"
     base = {re.match(r"[\w-]+", d).group() for d in metadata.get_all("Requires-Dist") if "extra ==" not in d}
-    assert base == {"torch", "transformers", "safetensors"}
+    assert base == {"torch", "transformers", "safetensors", "numpy"}
 
 
 def test_the_wheel_brings_the_shipped_model(wheel, tmp_path):
