@@ -45,8 +45,19 @@ class OriginalLlava(Adapter):
         return Tower.of(self.root.get_vision_tower().vision_tower, projector=projector if has_weights else None)
 
     def reduces(self, base: Any, modality: str) -> Literal["drop", "restore", "units"] | None:
-        """Nothing leaves inside the tower: the original code counts on all patches of a picture."""
-        return None
+        """Patches that left are zeros behind it, and their columns leave in front of the language model.
+
+        Frames are pooled in LLaVA-NeXT; the seam refuses whatever is not a patch alone.
+        """
+        tower = self.tower(base, modality)
+        return None if tower is None or tower.packed or tower.projector is None else "drop"
+
+    def _tower_depth(self, base: Any) -> int:
+        tower, wrapper = self.tower(base, "image"), self.root.get_vision_tower()
+        if tower is None:
+            return 0
+        layer = getattr(wrapper, "select_layer", -1)
+        return layer if layer >= 0 else len(tower.layers) + 1 + layer
 
     def around(self, stage: Any) -> Iterable[tuple[nn.Module, str, Callable[..., Any]]]:
         """The seam, the encoder that it calls, and the forward pass, which does not know transformers' newest words."""

@@ -209,12 +209,14 @@ class _Seam:
         if not every:
             return {}
         # with select_feature="cls_patch" the tower's CLS token is a token, too, and comes first
-        alike = all(len(v) == probe.tiles and 0 <= probe.each - v.shape[1] <= 1 for v in every.values())
+        extra = (0, self.stage.adapter.tower(self.stage.parts.base, "image").special)
+        alike = all(len(v) == probe.tiles and probe.each - v.shape[1] in extra for v in every.values())
         if not (told and alike and all(picture.exact for picture in pictures)):
             raise ValueError(
-                f"method {self.stage.method.name!r} needs {', '.join(sorted(s.key for s in every))} of every patch of "
-                f"the vision tower, and in this prompt {type(self.root).__name__} makes tokens of several patches, or "
-                "encodes without encode_images. What works: methods that read nothing of the tower, e.g. 'divprune'"
+                f"method {self.stage.method.name!r} goes by single patches of the vision tower "
+                f"({', '.join(sorted(s.key for s in every))}), and in this prompt {type(self.root).__name__} makes "
+                "tokens of several patches, or encodes without encode_images. What works: methods that read nothing of "
+                "the tower, e.g. 'divprune'"
             )
         return {s: [_sent(v, picture, probe.each) for picture in pictures] for s, v in every.items()}
 
