@@ -72,7 +72,11 @@ the engine itself run on every one."""
 # a file's tests share models and references, so one process runs them all; files in order, the short ones last
 SUITE = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 APART = {
-    "lmms_eval": ["tests/integrations/test_lmms_eval_runs.py", "tests/integrations/test_lmms_eval_sweep.py"],
+    "lmms_eval": [
+        "tests/integrations/test_lmms_eval_llava.py",
+        "tests/integrations/test_lmms_eval_runs.py",
+        "tests/integrations/test_lmms_eval_sweep.py",
+    ],
     "llava": ["tests/integrations/test_llava_original.py"],
     "vllm": ["tests/integrations/test_vllm.py", "tests/integrations/test_vllm_processes.py"],
 }

@@ -323,6 +323,23 @@ def test_a_static_cache(model, kind):
     assert torch.allclose(dynamic[1], static[1], atol=TOLERANCE)
 
 
+@torch.no_grad()
+def test_a_later_turn_with_another_picture(model, kind):
+    """On the pruned cache: positions count what was dropped, keys what is there."""
+    first, second = by_hand.prompt(model, 0, kind), by_hand.prompt(model, 1, kind)
+    given = [{"input_ids": g.pop("inputs"), **g} for g in (call([0], kind), call([1], kind))]
+    for one in given:
+        del one["attention_mask"]
+    with vtc.patch(model, "divprune", keep=0.25) as p:
+        model(**given[0], use_cache=True, past_key_values=(cache := tf.DynamicCache()))
+        kept = p.last_keep[0]
+        logits = model(**given[1], use_cache=True, past_key_values=cache).logits[0]
+        left = [by_hand.columns_left(first, kept), by_hand.columns_left(second, p.last_keep[0])]
+    embeds = torch.cat([first.embeds[left[0]], second.embeds[left[1]]])
+    places = torch.tensor([*left[0], *(len(first.embeds) + c for c in left[1])])
+    assert torch.allclose(logits, by_hand.run(model, embeds, places)[len(left[0]) :], atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["divprune", "fastv"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_and_gradient(kind, name, side):
@@ -513,6 +530,15 @@ def test_the_reference_would_notice(wrong):
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_goes_by_placeholders_says_so(model):
+    with pytest.raises(vtc.UnsupportedModelError, match="LlavaLlamaForCausalLM embeds prompts in a method of its own"):
+        vtc.estimate(model, (336, 336), method="divprune", keep=0.5)
+    with pytest.raises(vtc.UnsupportedModelError, match=r"a config of 'llava' \(LlavaConfig.*judges the loaded model"):
+        vtc.estimate(model.config, (336, 336), method="divprune", keep=0.5)
+    with pytest.raises(NotImplementedError, match=r"use vtc.patch\(model, ...\) and model.generate\(\)"):
+        vtc.compress_inputs(model, {}, "divprune", keep=0.5)
 
 
 def test_an_unloaded_tower_is_refused():

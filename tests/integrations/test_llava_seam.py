@@ -4,11 +4,13 @@ import functools
 
 import pytest
 import torch
+import zoo
 from llava_standin import PICTURE, TILE, Next, make
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import vtc
+from vtc.models import elsewhere, resolve
 
 IDS = torch.tensor([[1, 5, PICTURE, 6, 7], [1, PICTURE, 8, 9, 10]])
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -338,6 +340,27 @@ def test_unpatch_leaves_nothing():
     p.unpatch()
     assert [sorted(module.__dict__) for module in model.modules()] == before
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def test_any_package_may_know_a_model(monkeypatch):
+    """By an entry point; the first that knows it counts, and those that do not say nothing."""
+    asked = []
+
+    class Entry:
+        def __init__(self, found):
+            self.found = found
+
+        def load(self):
+            return lambda model: (asked.append(model), self.found)[1]
+
+    ours = resolve(make())
+    monkeypatch.setattr(elsewhere, "_finders", lambda: [Entry(None).load(), Entry(ours).load(), Entry(1).load()])
+    model = nn.Linear(1, 1)
+    assert resolve(model) is ours
+    assert asked == [model, model]
+    asked.clear()
+    resolve(zoo.get_model("llava"))  # a model of the usual build is nobody else's
+    assert not asked
 
 
 def test_embeddings_made_before_are_found_again():
