@@ -81,6 +81,16 @@ def test_videos_are_frames(newline, length, newlines):
     assert {frame.grid for frame in frames} == {(2, 2)}
 
 
+def test_videos_side_by_side():
+    """No column of a pooled frame is a patch alone: the entry of `images` tells where one video ends."""
+    model = make()
+    ids = torch.tensor([[1, PICTURE, PICTURE, 6]])
+    with vtc.patch(model, "divprune", keep=3) as p:
+        model.generate(ids, images=tiles(3, 2), modalities=["video", "video"], **GREEDY)
+        assert [layout.length for layout in p.last_layouts[0]] == [13, 9]
+    assert [len(k) for k in p.last_keep[0]] == [3, 3]
+
+
 def test_a_method_for_videos_takes_them():
     model = make()
     with vtc.patch(model, "evs", keep=0.5) as p:
