@@ -98,7 +98,7 @@ def _mosaic(number: Tensor, each: int, picture: Picture) -> Segment | None:
     rows, start = rows[:, :columns], each
     crop_rows, crop_columns, mosaic = (), (), None
     if picture.exact:
-        found = _crops(rows // each - 1, each, picture.tiles - 1)
+        found = _crops(rows - each, each, picture.tiles - 1)
         if found is None:
             return None
         mosaic, crop_rows, crop_columns = found
@@ -116,23 +116,24 @@ def _row_length(number: Tensor, each: int) -> int:
     return int(other[0]) if len(other) else 0
 
 
-def _crops(crop: Tensor, each: int, count: int) -> tuple | None:
+def _crops(number: Tensor, each: int, count: int) -> tuple | None:
     """The mosaic's (rows, columns), and the row and column of the crop for each row and column of patches.
 
     Unpadding cuts rows or columns away, never both, so that whole rows or columns of crops may be out of sight. Where
     what is left fits two mosaics, there is none to tell (``None``, and no rows and columns).
 
     Args:
-        crop: LongTensor [rows, columns], the crop of each patch.
+        number: LongTensor [rows, columns], of each patch, counted from the first of the first crop.
         each: patches of a crop.
         count: crops of the mosaic.
 
     Returns:
-        ``None`` where the crops make no mosaic.
+        ``None`` where the patches make no mosaic.
     """
     side = square(each)
     if side is None:
         return None
+    crop = number // each
     down, across = crop[:, 0].unique(), crop[0].unique()
     if len(down) > 1:
         fits = {int(down[1] - down[0])}
@@ -143,7 +144,8 @@ def _crops(crop: Tensor, each: int, count: int) -> tuple | None:
     if len(fits) != 1:
         return (None, (), ()) if fits else None
     (columns,) = fits
-    rows, cols = crop[:, 0] // columns, crop[0] % columns
-    if not torch.equal(rows[:, None] * columns + cols, crop):
+    y, x = crop // columns * side[0] + number % each // side[1], crop % columns * side[1] + number % side[1]
+    down, across = y[0, 0] + torch.arange(len(y)), x[0, 0] + torch.arange(x.shape[1])
+    if not (y == down[:, None]).all() or not (x == across).all():
         return None
-    return (count // columns, columns), tuple(rows.tolist()), tuple(cols.tolist())
+    return (count // columns, columns), tuple((down // side[0]).tolist()), tuple((across // side[1]).tolist())
