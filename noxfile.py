@@ -1,4 +1,4 @@
-"""What CI runs: `nox` lints, then tests with the supported releases of transformers, in lmms-eval and in vLLM.
+"""What CI runs: `nox` lints, then tests with the supported releases of transformers, in lmms-eval, LLaVA and vLLM.
 
 All of it from the locks in requirements/, which `nox -s lock` writes. `nox -s canary` looks at what is newer.
 """
@@ -16,7 +16,7 @@ from packaging.version import Version
 
 nox.options.default_venv_backend = "uv|venv"  # with uv, environments are there in seconds
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "tests", "lmms_eval", "vllm"]
+nox.options.sessions = ["lint", "tests", "lmms_eval", "llava", "vllm"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -72,7 +72,12 @@ the engine itself run on every one."""
 # a file's tests share models and references, so one process runs them all; files in order, the short ones last
 SUITE = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 APART = {
-    "lmms_eval": ["tests/integrations/test_lmms_eval_runs.py", "tests/integrations/test_lmms_eval_sweep.py"],
+    "lmms_eval": [
+        "tests/integrations/test_lmms_eval_llava.py",
+        "tests/integrations/test_lmms_eval_runs.py",
+        "tests/integrations/test_lmms_eval_sweep.py",
+    ],
+    "llava": ["tests/integrations/test_llava_original.py"],
     "vllm": ["tests/integrations/test_vllm.py", "tests/integrations/test_vllm_processes.py"],
 }
 """The files with tests that carry this mark and need an environment of their own."""
@@ -121,6 +126,13 @@ def lmms_eval(session: nox.Session) -> None:
 
 
 @nox.session
+def llava(session: nox.Session) -> None:
+    """Models of the original LLaVA code, pruned, against the same by hand, in an environment of its own."""
+    _install_apart(session, "llava")
+    _test_apart(session, "llava")
+
+
+@nox.session
 def vllm(session: nox.Session) -> None:
     """The same answers from vLLM's CPU build as from transformers, in an environment of its own."""
     _install_apart(session, "vllm")
@@ -133,7 +145,7 @@ def _install_apart(session: nox.Session, name: str, *instead: str) -> None:
 
 def _test_apart(session: nox.Session, name: str) -> None:
     arguments = session.posargs or ["-q", "-m", name, "-n", "2", "--dist", "loadfile", *APART[name]]
-    threads = ONE_THREAD if name == "lmms_eval" else {}
+    threads = {} if name == "vllm" else ONE_THREAD
     session.run("python", "-m", "pytest", *arguments, env=threads | OFFLINE)
 
 

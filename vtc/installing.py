@@ -45,10 +45,11 @@ def install(handle: Patch) -> None:
     opening = Opening(stage)
     if parts.root is not parts.base:
         _hook(undo, parts.root, opening.before_root, before=True, first=True)
-    _hook(undo, parts.base, opening.before_base, before=True, first=True)
-    _hook(undo, parts.base, opening.after_base)
+    # base and decoder may be one module: what is put in front last runs first
     _hook(undo, parts.decoder, stage.before_decoder, before=True, first=True)
+    _hook(undo, parts.base, opening.before_base, before=True, first=True)
     _hook(undo, parts.decoder, stage.after_decoder)
+    _hook(undo, parts.base, opening.after_base)
     _hook(undo, parts.root, opening.after_root, always=True)
     for layer, hook in zip(parts.layers, stage.layer_hooks(), strict=False):
         _hook(undo, layer, hook, before=True, first=True)
@@ -66,6 +67,9 @@ def install(handle: Patch) -> None:
         if (encode := encoder_of(parts.base, modality)) is not None:
             wrapped = listening(adapter, parts, modality, encode, stage.memory)
             _set(undo, parts.base, encoder_name(modality), _while_active(handle, encode, wrapped))
+    for owner, name, wrap in adapter.around(stage):
+        found = getattr(owner, name)
+        _set(undo, owner, name, _while_active(handle, found, wrap(found)))
     for owner, method in wrapped_methods(parts.root, parts.decoder, bool(stage.layers.steps), calibrator is not None):
         found = method.find(owner)
         name = LOSS_SLOT if method is LOSS else method.name

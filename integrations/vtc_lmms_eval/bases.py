@@ -16,6 +16,7 @@ from torch import nn
 from vtc.binding import bind
 from vtc.config import CompressionConfig
 from vtc.models import resolve
+from vtc.profiling.configs import builds
 from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
 
@@ -150,7 +151,7 @@ def check_family(cls: type[Any], arguments: Mapping[str, Any], config: Compressi
         raise OSError(
             f"pretrained={name}: its config, the first thing wanted from the hub, cannot be had ({_first_line(error)})"
         ) from error
-    if config is None or type(checkpoint) not in AutoModelForImageTextToText._model_mapping:
+    if config is None or not builds(checkpoint):
         return
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(checkpoint)

@@ -86,11 +86,13 @@ class Watch:
         _, parts = resolve(model)
         self.placeholders = [*parts.placeholders.values()]
         self.handle: Patch | None = None if asked.config is None else patch(model, asked.config)
+        if self.handle is None and not self.placeholders:  # what counts pictures is the patch; this one drops nothing
+            self.handle = patch(model, "grid", keep=1.0)
         self._generate = model.generate
         model.generate = self.generate  # type: ignore[method-assign, assignment]
         for name in GENERATING:
             setattr(lm, name, self._requests(name))
-        if self.handle is not None:
+        if asked.config is not None:
             lm.loglikelihood = self._no_loglikelihood
         self._clean = lm.clean
         lm.clean = self.clean
@@ -166,8 +168,6 @@ class Watch:
                 f"vtc: base={self.base!r} hands embeddings instead of ids to generate(), so that visual tokens cannot "
                 "be told from text"
             )
-        where = torch.stack([ids == token for token in self.placeholders]).any(0)
-        rows, visual = int(where.any(-1).sum()), int(where.sum())
         before = None if self.handle is None else self.handle.stage.last
         clock = Clock(ids.device)
         criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or []), clock])
@@ -178,15 +178,32 @@ class Watch:
             raise EvaluationStopped(f"vtc: generate raised {type(error).__name__}: {error}") from error
         clock.stop()
         self.meter.timed(clock)
+        fired = self.handle is None or self.handle.stage.last is not before
+        rows, visual = self._visual(ids) if fired or self.placeholders else (0, 0)
+        pictures = visual if self.placeholders else kwargs.get("images") is not None
+        if pictures and not fired:
+            raise EvaluationStopped(
+                f"vtc: the pruner did not fire for a prompt with {visual or 'any number of'} visual tokens "
+                f"(base={self.base!r})"
+            )
         if visual:
-            if self.handle is not None and self.handle.stage.last is before:
-                raise EvaluationStopped(
-                    f"vtc: the pruner did not fire for a prompt with {visual} visual tokens (base={self.base!r})"
-                )
             self.meter.counted(rows, visual, self.handle)
-            if self.handle is not None and len(self._prompts) < WARM_UP + CALIBRATED:
+            if self.handle is not None and self.placeholders and len(self._prompts) < WARM_UP + CALIBRATED:
                 self._prompts.append({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
         return out
+
+    def _visual(self, ids: Tensor) -> tuple[int, int]:
+        """Samples with pictures and visual tokens of a call: by its ids, or by what the patch found where those do not
+        tell.
+        """
+        if self.placeholders:
+            where = torch.stack([ids == token for token in self.placeholders]).any(0)
+            return int(where.any(-1).sum()), int(where.sum())
+        assert self.handle is not None
+        last = self.handle.stage.last
+        assert last is not None
+        beams = len(last.lengths) // len(ids)
+        return len({image.row for image in last.plan.images}) // beams, sum(last.plan.given) // beams
 
     def _calibrate(self) -> None:
         """After the answers, so that the base's own clock does not see it."""

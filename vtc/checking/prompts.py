@@ -21,8 +21,15 @@ def check_inputs(parts: Parts, inputs: Inputs) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        ValueError: no ids, no image, no two-dimensional mask, padding on the right, or positions of the caller's own.
+        ValueError: a model without placeholders; no ids, no image, no two-dimensional mask, padding on the right, or
+            positions of the caller's own.
     """
+    if not parts.placeholders:
+        raise ValueError(
+            f"verify finds images by their placeholders, and {type(parts.root).__name__} has none: it embeds prompts "
+            "in a method of its own. tests/integrations/test_llava_original.py compares such models with pruning by "
+            "hand"
+        )
     ids, mask = inputs.get(IDS), inputs.get(PADDING)
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise ValueError(f"{IDS} must be a LongTensor [samples, columns], as a processor makes it, not {_shown(ids)}")

@@ -94,6 +94,13 @@ def violations(model: Any) -> Iterator[str]:
     if decoder is None or decoder is base or decoder is model or not len(getattr(decoder, "layers", ())):
         yield "it has no decoder with layers of its own behind its base model"
         return
+    yield from decoder_violations(decoder)
+    if (reason := heads.unknown_head(model, base)) is not None:
+        yield reason
+
+
+def decoder_violations(decoder: Any) -> Iterator[str]:
+    """What keeps a language model from the build that the engine relies on."""
     if Spelling(layers_of(decoder)[0].forward, "").name(ROTARY) is None:
         yield "its decoder layers take no position_embeddings, so positions could not follow the kept tokens"
     if Spelling(decoder.forward, "").name(INSTEAD) is not None:
@@ -106,8 +113,6 @@ def violations(model: Any) -> Iterator[str]:
             f"its layer {layer} picks blocks of keys by the positions of tokens, and behind dropped tokens positions "
             "and keys are no longer the same"
         )
-    if (reason := heads.unknown_head(model, base)) is not None:
-        yield reason
 
 
 def model_types(model: Any) -> list[str | None]:

@@ -144,7 +144,8 @@ def plan(chooser: Chooser, running: Call, embeds: Tensor) -> Plan | None:
         raise ValueError(
             f"method {method.name!r} reads the structure of the tokens (newlines, crops, frames), and the "
             f"{guessed[0]}s of this prompt were encoded where that could not be recorded "
-            "(before the model was patched?); pass pixel values to the patched model"
+            "(before the model was patched?), or make no structure that is known (cut short?); pass pixel values to "
+            "the patched model, and see that none is cut"
         )
     placeholders = {m: mask for m, mask in running.placeholders.items() if m in running.encoded}
     images = locate(placeholders, running.encoded) if placeholders else []

@@ -32,6 +32,7 @@ from vtc.engine.calibration import Calibrator
 from vtc.engine.choosing import Chooser, compaction, plan
 from vtc.engine.compaction import Compaction
 from vtc.engine.context import Call, change, is_running, running_call
+from vtc.engine.embedded import Prompts
 from vtc.engine.encode import Memory
 from vtc.engine.inside import LayerState
 from vtc.engine.layers import LayerStages
@@ -56,6 +57,8 @@ class EntryStage:
         self.tower = TowerStages(adapter, parts, self.chooser.tower, self.chooser.recorded)
         self.layers = LayerStages(parts, self.chooser.inside)
         self.calibrator = None if calibration is None else Calibrator(parts, self.chooser, calibration)
+        self.prompts = Prompts()
+        """Prompts that a family's own method embedded."""
         self.memory = Memory()
         """What the encoders gave lately: found again when a copy of their output comes back without its attribute."""
         self.hides_gaps = parts.flash

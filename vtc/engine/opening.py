@@ -101,6 +101,8 @@ class Opening:
     def _see_placeholders(self, running: Call, call: Arguments, base: nn.Module) -> None:
         merged = call[IDS] is None and IDS.read(running.asked) is not None  # the root has embedded its ids itself
         ids, embeds = IDS.read(running.asked) if merged else call[IDS], call[EMBEDS]
+        if ids is None and (prompt := self.stage.prompts.find(embeds)) is not None:
+            running.placeholders, running.encoded = dict(prompt.placeholders), dict(prompt.encoded)
         for modality, token in self.parts.placeholders.items():
             where = ids == token if ids is not None else _embedded(self.parts.base, embeds, token)
             if (host := where.cpu()).any():
@@ -119,7 +121,8 @@ class Opening:
         ):
             heads.check_caller(caller, base)
         running.see_padding(_width(call))
-        if ids is None and not running.placeholders and not physical_length(call[CACHE]):
+        looked = bool(self.parts.placeholders)  # else its images stand in no prompt but those that were found above
+        if looked and ids is None and not running.placeholders and not physical_length(call[CACHE]):
             self.stage.say_once(
                 "a prompt came as embeddings in which no placeholder stands: images that were merged into it already "
                 "cannot be found, so nothing is pruned. Give token ids and pixel values, or embeddings with "

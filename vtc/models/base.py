@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ from vtc.dialect.towers import Tower, blocks_read
 from vtc.errors import UnsupportedModelError
 from vtc.feed import Feed, Picture
 from vtc.methods.base import ModelFacts
+from vtc.models import elsewhere
 from vtc.signals import TOWER_SIGNALS, Pixels, Signal, TowerSignal
 from vtc.tokens import Layout
 
@@ -228,6 +229,17 @@ class Adapter:
         """
         return [row for row, _ in zip(values, layouts, strict=True)]
 
+    def around(self, stage: Any) -> Iterable[tuple[nn.Module, str, Callable[..., Any]]]:
+        """Methods of a model that only this family has, to be wrapped while it is patched.
+
+        Args:
+            stage: the engine's entry stage of the patch.
+
+        Returns:
+            Of each the owner, the name, and what goes around it: a function from the method to what is called instead.
+        """
+        return ()
+
 
 _REGISTRY: dict[str, Adapter] = {}
 REFUSED: dict[str, str] = {
@@ -294,6 +306,8 @@ def resolve(model: nn.Module) -> tuple[Adapter, Parts]:
     known = None if model_type in _REGISTRY else REFUSED.get(model_type or "")  # a user's own adapter may know better
     reason = known or next(_violations(model, adapter), None)
     if reason is not None:
+        if (found := elsewhere.find(model)) is not None:
+            return found
         raise UnsupportedModelError(_refusal(model, model_type, reason))
     base, decoder = modules.base_of(model), modules.decoder_of(model)
     return adapter, Parts(model, base, decoder, adapter.placeholders(base.config), Spellings.of(model, base, decoder))

@@ -45,11 +45,26 @@ def config_of(model: Any) -> Any:
     name = config.model_type
     if name in REFUSED and name not in list_models():
         raise UnsupportedModelError(f"a {shown(name)} model cannot be pruned: {REFUSED[name]}")
-    if type(config) in tf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if builds(config):
         return config
+    if (package := type(config).__module__.split(".")[0]) != "transformers":
+        raise UnsupportedModelError(
+            f"a config of {package!r} ({type(config).__name__}, model_type {shown(name)}) says nothing that is known "
+            "ahead of what its model makes of a picture. vtc.patch judges the loaded model"
+        )
     tower = any(getattr(config, n, None) is not None for n in ("vision_config", "vision_tower", "visual"))
     reason = "is of no image-text-to-text model that transformers knows" if tower else "has no vision tower"
     raise ValueError(f"this config, of model_type {shown(name)}, {reason}: there are no visual tokens to prune")
+
+
+def builds(config: Any) -> bool:
+    """Whether transformers has a model for images and text of this very config: its mapping goes by names of classes,
+    which other packages use, too.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as KNOWN
+
+    kind = type(config)
+    return kind in KNOWN and kind.__module__.split(".")[0] == KNOWN[kind].__module__.split(".")[0]
 
 
 def settings_beside(name: str | os.PathLike[str], modality: str = "image") -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vtc.dialect.modules import without_adapters
 from vtc.feed import Feed, Picture
 from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import steps_of
-from vtc.models import Adapter, Parts, resolve
+from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import square
 from vtc.places import Layer, Tower
 from vtc.profiling.configs import config_of, settings_beside
@@ -218,7 +218,12 @@ def _skeleton(model: Any) -> nn.Module:
     build: Any
     if isinstance(model, nn.Module):
         model = without_adapters(model)
-        resolve(model)
+        _, parts = resolve(model)
+        if not parts.placeholders:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} embeds prompts in a method of its own, and nothing is known ahead of what it "
+                "makes of a picture; vtc.patch(model, ...) works"
+            )
         build, config = type(model), model.config
     else:
         config = config_of(model)
