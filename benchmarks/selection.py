@@ -5,13 +5,14 @@ ratios of neighbours in time, which a busy machine disturbs least. CPU time is t
 (``benchmarks/gpu/published.py``) are written from their descriptions, not copied:
 
 farthest-first  all cosine distances in float32; each pick takes the rows chosen so far out of the matrix, their
-                minimum, and its argmax, so k^2 N / 2 numbers are moved (as DivPrune's public code does)
+                minimum, and its argmax, so k^2 N / 2 numbers are moved (as DivPrune's public code does); `running`: one
+                row for each pick, and a running minimum (as AngelSlim's port does)
 max-sum         one matrix-vector product for each pick (ToDRE v2, algorithm 1, to the letter)
 MMR             all cosines in float32, a running maximum (IDPruner)
 
 `gauss` tokens are unrelated to each other, the worst case for ruling tokens out; `scene` tokens resemble their
 neighbours in the grid. Both are random. In float32 the published loops may leave the exact picks after a near tie:
-`same` counts how many of the k picks both have.
+`same` counts how many of the k picks the published loop and vtc have in common.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,9 +55,10 @@ OPS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Te
     ),
 }
 # op, data, N, k, d, B
+SHAPES = [(144, 36, 192), (576, 64, 1024), (576, 64, 4096), (576, 288, 4096), (1369, 342, 3584)]
+SHAPES += [(2880, 320, 1024), (2880, 320, 4096), (5184, 518, 3584)]
 CASES = [
-    *(("farthest_first", data, 2880, 320, d, 1) for d in (1024, 4096) for data in ("gauss", "scene")),
-    *(("farthest_first", data, 576, 64, 4096, 1) for data in ("gauss", "scene")),
+    *(("farthest_first", data, *shape, 1) for shape in SHAPES for data in ("gauss", "scene")),
     ("farthest_first", "scene", 576, 64, 4096, 8),
     ("farthest_first", "scene", 2880, 320, 1024, 8),
     *((op, "scene", 2880, 320, d, 1) for op in ("max_sum", "max_marginal_relevance") for d in (1024, 4096)),
@@ -73,18 +76,20 @@ def features(data: str, n: int, d: int, b: int, seed: int) -> Tensor:
     side = math.isqrt(n - 1) + 1
     coarse = torch.randn(b, d, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear").flatten(2)[..., :n].mT
-    return smooth + 0.5 * noise
+    return (smooth + 0.5 * noise).contiguous()  # as a projector returns them
 
 
 def measure(case: tuple[str, str, int, int, int, int], threads: int, repeats: int) -> dict[str, Any]:
     """One row: both sides in turns, after one round that is not counted."""
     op, data, n, k, d, b = case
-    fast, published = OPS[op]
-    times: dict[str, list[float]] = {"vtc": [], "published": [], "vtc_cpu": [], "published_cpu": []}
+    fast, slow = OPS[op]
+    loops = {"published": slow} | ({"running": published.running_minimum} if op == "farthest_first" else {})
+    times: dict[str, list[float]] = {f"{s}{end}": [] for s in ("vtc", *loops) for end in ("", "_cpu")}
     same = 0.0
     for i in range(repeats + 1):
         x = features(data, n, d, b, seed=i)
-        sides = {"vtc": lambda x=x: fast(x, k), "published": lambda x=x: torch.stack([published(one, k) for one in x])}
+        sides: dict[str, Callable[[], Tensor]] = {"vtc": partial(fast, x, k)}
+        sides |= {name: partial(_each, loop, x, k) for name, loop in loops.items()}
         picks = {}
         for name in sorted(sides, reverse=bool(i % 2)):  # who goes first takes turns
             wall, cpu = time.perf_counter(), time.process_time()
@@ -96,31 +101,45 @@ def measure(case: tuple[str, str, int, int, int, int], threads: int, repeats: in
         both = zip(picks["vtc"].tolist(), picks["published"].tolist(), strict=True)
         same += statistics.mean(len(set(ours) & set(theirs)) for ours, theirs in both)
     row: dict[str, Any] = {"op": op, "data": data, "N": n, "k": k, "d": d, "B": b, "threads": threads}
-    for name in ("vtc", "published"):
+    for name in ("vtc", "published", "running"):
+        if name not in sides:
+            row |= {f"{name}_{what}": None for what in ("ms", "p10", "p90", "cpu_ms")}
+            continue
         ordered = sorted(times[name])
         row |= {f"{name}_ms": statistics.median(ordered), f"{name}_p10": ordered[len(ordered) // 10]}
         row |= {
             f"{name}_p90": ordered[-1 - len(ordered) // 10],
             f"{name}_cpu_ms": statistics.median(times[f"{name}_cpu"]),
         }
-    for suffix in ("", "_cpu"):
-        pairs = zip(times[f"published{suffix}"], times[f"vtc{suffix}"], strict=True)
-        row[f"ratio{suffix}"] = statistics.median(theirs / ours for theirs, ours in pairs)
+    for name, column in (("published", "ratio"), ("running", "ratio_running")):
+        for end in ("", "_cpu"):
+            theirs = times.get(f"{name}{end}")
+            ratios = [a / b for a, b in zip(theirs, times[f"vtc{end}"], strict=True)] if theirs else None
+            row[f"{column}{end}"] = statistics.median(ratios) if ratios else None
     return row | {"repeats": repeats, "same": same / (repeats + 1)}
+
+
+def _each(loop: Callable[[Tensor, int], Tensor], x: Tensor, k: int) -> Tensor:
+    return torch.stack([loop(one, k) for one in x])
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as it is printed."""
     head = ["op", "data", "N → k", "d", "B", "threads", "vtc ms (p10–p90)", "published ms (p10–p90)", "ratio"]
-    head += ["ratio of CPU time", "same picks"]
+    head += ["ratio of CPU time", "running minimum: ratio", "of CPU time", "same picks"]
     lines = [f"| {' | '.join(head)} |", "| --- " * 3 + "| ---: " * (len(head) - 3) + "|"]
     for r in rows:
         sides = [f"{r[f'{s}_ms']:.1f} ({r[f'{s}_p10']:.1f}–{r[f'{s}_p90']:.1f})" for s in ("vtc", "published")]
         lines.append(
             f"| {r['op']} | {r['data']} | {r['N']} → {r['k']} | {r['d']} | {r['B']} | {r['threads']} | "
-            f"{' | '.join(sides)} | {r['ratio']:.2f} | {r['ratio_cpu']:.2f} | {r['same']:.0f} of {r['k']} |"
+            f"{' | '.join(sides)} | {r['ratio']:.2f} | {r['ratio_cpu']:.2f} | {_times(r['ratio_running'])} | "
+            f"{_times(r['ratio_running_cpu'])} | {r['same']:.0f} of {r['k']} |"
         )
     return "\n".join(lines)
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def main(

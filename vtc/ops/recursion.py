@@ -169,11 +169,11 @@ def _by_all_pairs(job: Job) -> bool:
 
 
 def _lazy_picks(job: Job) -> Tensor:
-    """The picks of one image by ``vtc.ops.cpu``, or by the recursion above if no token can be ruled out cheaply."""
+    """The picks of one image by ``vtc.ops.cpu``; by all pairs if no token can be ruled out cheaply."""
     z, given = _rounded(job.x[0]), _given_first(job)
     first = cpu.most_isolated(z, UNIT**-2, job.mask[0]) if given is None else int(given)
     if first is None:
-        return _picks(job)
+        return _filtered_picks(job) if _by_all_pairs(job) else _picks(job)
     base, weight = _terms(job)
     each = weight[0] if isinstance(weight, Tensor) else torch.full_like(base[0], weight)
     return cpu.lazy_picks(z, UNIT**-2, base[0], each, first, job.k, _most(job))[None]
