@@ -1,4 +1,4 @@
-"""Answer accuracy under compression: `python benchmarks/accuracy.py [--model tinyvlm-next]`.
+"""Answer accuracy under compression: `python benchmarks/accuracy.py [--model tinyvlm-next | tinyvlm-mqt]`.
 
 Every registered method that the model can run, and the combinations in `CONFIGURATIONS`. With `--resume` cells that the
 CSV has are kept, whatever commit they are of (each row names its own), and only the others are run.
@@ -12,7 +12,8 @@ left at the end of the language model, `per layer` their average over its layers
 inside it.
 
 A method is a registered name, which gets `keep` and is otherwise at its defaults, or a name in `CONFIGURATIONS`.
-Positions are the original ones; `--positions compact` renumbers them, for methods that can.
+Positions are the original ones; `--positions compact` renumbers them, for methods that can. `--keep` may count tokens
+(`--keep 16,8`), with `--methods`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vtc
+from vtc.budget import Keep
+from vtc.commands.shared import parse_keep
 from vtc.methods import make_method, method_class
 from vtc.methods.video import VideoMethod
 from vtc.profiling.provenance import provenance
@@ -43,7 +46,7 @@ from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type
 HEADLINE = "mean_without_count"
 UNPRUNED, ORIGINAL = "none", "original"
 
-MODELS = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next"}
+MODELS = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next", "tinyvlm-mqt": "vtc_tinyvlm.mqt_model"}
 
 # What a registered name and a keep cannot say; keep -> method. A chain's two parts drop the same share, so that `keep`
 # is what is left at the end.
@@ -80,7 +83,7 @@ class Cell:
     """Scores of one method at one keep: per score and question, the share of seeds that were right."""
 
     method: str
-    keep: float
+    keep: Keep
     positions: str
     kept: float
     layer_average: float
@@ -109,14 +112,14 @@ def answer_all(
     return texts, (last / len(texts), average / len(texts))
 
 
-def method_of(name: str, keep: float, seed: int = 0) -> vtc.Method:
+def method_of(name: str, keep: Keep, seed: int = 0) -> vtc.Method:
     """A registered name or one of the combinations."""
     if name in CONFIGURATIONS:
         return CONFIGURATIONS[name](keep)
     return make_method(name, keep=keep, **({"seed": seed} if name == "random" else {}))
 
 
-def apply(model: Any, name: str, keep: float, seed: int, positions: str) -> Any:
+def apply(model: Any, name: str, keep: Keep, seed: int, positions: str) -> Any:
     """The patch of a cell as a context manager; no patch at all for the unpruned cell."""
     if name == UNPRUNED:
         return nullcontext()
@@ -167,12 +170,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row | {name: float(row[name]) for name in numbers} for row in rows]
 
 
-def finished(rows: list[dict[str, Any]], questions: int) -> set[tuple[str, float, str]]:
+def finished(rows: list[dict[str, Any]], questions: int) -> set[tuple[str, Keep, str]]:
     """Method, keep and positions of the cells that were asked so many questions."""
-    asked: dict[tuple[str, float, str], int] = {}
+    asked: dict[tuple[str, Keep, str], int] = {}
     for row in rows:
         if row["type"] != HEADLINE:
-            cell = row["method"], float(row["keep"]), row["positions"]
+            cell = row["method"], parse_keep(row["keep"]), row["positions"]
             asked[cell] = asked.get(cell, 0) + int(row["questions"])
     return {cell for cell, number in asked.items() if number == questions}
 
@@ -194,9 +197,9 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         "| method | keep | positions | tokens | per layer | mean | exact | " + " | ".join(order) + " | count |",
         "| --- " * (8 + len(order)) + "|",
     ]
-    cells: dict[tuple[str, float, str], dict[str, dict[str, Any]]] = {}
+    cells: dict[tuple[str, Keep, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["method"], float(row["keep"]), row["positions"]), {})[row["type"]] = row
+        cells.setdefault((row["method"], parse_keep(row["keep"]), row["positions"]), {})[row["type"]] = row
     ordered = sorted(cells.items(), key=lambda cell: (cell[0][2] != ORIGINAL, -cell[0][1]))
     for (method, keep, positions), by_type in ordered:
         head = by_type[HEADLINE]
@@ -214,18 +217,20 @@ def package_of(model: str) -> tuple[ModuleType, Any, Any]:
         package = importlib.import_module(MODELS[model])
         return package, *package.load()
     kind = AutoConfig.from_pretrained(model).model_type
-    package = importlib.import_module(MODELS["tinyvlm-next" if kind == "llava_next" else "tinyvlm"])
+    named = {"llava_next": "tinyvlm-next", "llava_mqt": "tinyvlm-mqt"}.get(kind, "tinyvlm")
+    package = importlib.import_module(MODELS[named])
     return package, *package.load(model)
 
 
 def main(
     model: Annotated[
-        str, typer.Option(help="tinyvlm, tinyvlm-next, or a checkpoint directory of the same make as one of them.")
+        str,
+        typer.Option(help="tinyvlm, tinyvlm-next, tinyvlm-mqt, or a directory of the same make as one of them."),
     ] = "tinyvlm",
     methods: Annotated[
         str, typer.Option(help="Registered names or names in CONFIGURATIONS; default: all that the model can run.")
     ] = "",
-    keep: Annotated[str, typer.Option(help="Fractions; 1.0 is run once, unpatched.")] = "1.0,0.5,0.25,0.1",
+    keep: Annotated[str, typer.Option(help="Fractions, or tokens; 1.0 is run once, unpatched.")] = "1.0,0.5,0.25,0.1",
     positions: Annotated[str, typer.Option(help="original, compact, or both with a comma.")] = ORIGINAL,
     questions: int = 2400,
     seeds: Annotated[int, typer.Option(help="Runs of `random`.")] = 3,
@@ -241,29 +246,33 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     package, vlm, processor = package_of(model)
-    name_of_package = package.__name__.removeprefix("vtc_")
-    out = out or Path(f"benchmarks/results/accuracy_{name_of_package}.csv")
+    named = {module: name for name, module in MODELS.items()}[package.__name__]
+    out = out or Path(f"benchmarks/results/accuracy_{named.replace('-', '_')}.csv")
     command = "python benchmarks/accuracy.py" + ("" if model == "tinyvlm" else f" --model {model}")
+    command += f" --methods {methods} --keep {keep} --positions {positions}" if methods else ""
     asked = package.split_questions(questions, split)
     rows = read_rows(out) if resume else []
     have = finished(rows, len(asked))
-    plan: list[tuple[str, float, str]] = []
+    plan: list[tuple[str, Keep, str]] = []
     for kind in positions.split(","):
-        for fraction in (float(k) for k in keep.split(",")):
-            names = [UNPRUNED] if fraction == 1.0 else methods.split(",") if methods else able(vlm, fraction, kind)
-            plan += [(name, fraction, kind) for name in names if fraction < 1.0 or kind == ORIGINAL]
+        for share in map(parse_keep, keep.split(",")):
+            if isinstance(share, int) and (not methods or set(methods.split(",")) & CONFIGURATIONS.keys()):
+                raise typer.BadParameter(f"--keep {share} counts tokens: name registered --methods for it")
+            whole = isinstance(share, float) and share == 1.0
+            names = [UNPRUNED] if whole else methods.split(",") if methods else able(vlm, share, kind)
+            plan += [(name, share, kind) for name in names if not whole or kind == ORIGINAL]
     plan = [cell for cell in plan if cell not in have]
     source, inputs = provenance(), prepare(asked, processor, batch)
     bar = tqdm(total=sum(seeds if m == "random" else 1 for m, _, _ in plan), desc="cells")
-    for name, fraction, kind in plan:
+    for name, share, kind in plan:
         runs, began = (seeds if name == "random" else 1), time.time()
         totals = {score_name: [0.0] * len(asked) for score_name in SCORES}
         for seed in range(runs):
-            texts, (kept, layer_average) = answer_all(vlm, inputs, processor, apply(vlm, name, fraction, seed, kind))
+            texts, (kept, layer_average) = answer_all(vlm, inputs, processor, apply(vlm, name, share, seed, kind))
             for key, values in score(texts, asked).items():
                 totals[key] = [total + value / runs for total, value in zip(totals[key], values, strict=True)]
             bar.update()
-        cell = Cell(name, fraction, kind, kept, layer_average, runs, (time.time() - began) / runs, totals)
+        cell = Cell(name, share, kind, kept, layer_average, runs, (time.time() - began) / runs, totals)
         rows += [{"model": model, "split": split} | row | source for row in rows_of(cell, asked)]
         write_csv(rows, out)  # after every cell: an interrupted run leaves what it has
         out.with_suffix(".md").write_text(markdown(rows, command))

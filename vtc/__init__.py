@@ -5,7 +5,7 @@
 >>> model.generate(**inputs)                 # doctest: +SKIP
 """
 
-from vtc import ops
+from vtc import modules, ops
 from vtc.checking.verify import verify
 from vtc.compress import compress_inputs, generate
 from vtc.config import CompressionConfig
@@ -33,6 +33,7 @@ from vtc.methods.idpruner import IDPruner
 from vtc.methods.importance import ClsAttention, FeatureNorm, ReceivedAttention, SelectorWeights
 from vtc.methods.intower import InTower
 from vtc.methods.merge import Merge
+from vtc.methods.mqt import MQT
 from vtc.methods.pixelprune import PixelPrune
 from vtc.methods.prumerge import PruMerge
 from vtc.methods.prumerge_plus import PruMergePlus
@@ -59,6 +60,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DART",
     "EVS",
+    "MQT",
     "SCOPE",
     "Adapter",
     "Adaptive",
@@ -111,6 +113,7 @@ __all__ = [
     "generate",
     "list_methods",
     "list_models",
+    "modules",
     "ops",
     "patch",
     "register_method",

@@ -46,8 +46,7 @@ def parse_request(
         calibration = calibration or method.calibration
     else:
         chosen = method
-    where: Any = "original" if positions is None else positions
-    return CompressionConfig.of(chosen, where, calibration), chosen  # type: ignore[arg-type]
+    return CompressionConfig.of(chosen, positions, calibration), chosen  # type: ignore[arg-type]
 
 
 def bind(adapter: Adapter, parts: Parts, method: Method, positions: str, calibration: str | None = None) -> Method:

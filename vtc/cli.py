@@ -17,6 +17,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"vtc: the command line needs {missing.name}: pip install 'visual-token-compression[cli]'")
 
+from vtc.commands.convert import convert
 from vtc.commands.doctor import doctor
 from vtc.commands.estimate import estimate
 from vtc.commands.eval import evaluate
@@ -67,6 +68,7 @@ def _common(
     TRACEBACK.set(traceback)
 
 
+app.add_typer(convert, name="convert")
 app.command()(doctor)
 app.command()(estimate)
 app.command("eval")(evaluate)
@@ -95,7 +97,7 @@ def run(
     method: MethodName = "divprune",
     keep: KeepText = "0.25",
     option: Options = None,
-    positions: Positions = "original",
+    positions: Positions = None,
     calibration: Calibration = None,
     overlay: Annotated[Path | None, typer.Option(help="Write the image with the kept tokens drawn on it.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Print the unpruned model's answer too.")] = False,
@@ -129,7 +131,7 @@ def demo(
     method: MethodName = "divprune",
     keep: KeepText = "0.25",
     option: Options = None,
-    positions: Positions = "original",
+    positions: Positions = None,
     calibration: Calibration = None,
     questions: Annotated[int, typer.Option("--questions", "-n", help="How many questions to ask.")] = 300,
     batch: Annotated[int, typer.Option(help="Questions per batch.")] = 32,

@@ -34,7 +34,7 @@ class CompressionConfig:
         method: name of a registered method.
         options: values of the method's dataclass fields, ``keep`` among them; what is left out has its default. A
             value may itself be a :class:`~vtc.methods.Method`.
-        positions: ``original`` or ``compact``.
+        positions: ``original`` or ``compact``; default: what the method asks for, ``original`` as a rule.
         version: of the format. This vtc writes version 1 and reads no newer one.
         calibration: what is added to the logits of attention, see :func:`vtc.patch`; ``None``: nothing. Only written
             down where it is something; releases that do not know it then refuse the file.
@@ -46,7 +46,7 @@ class CompressionConfig:
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    positions: Positions = "original"
+    positions: Positions = None  # type: ignore[assignment]
     version: int = 1
     calibration: Calibration | None = None
 
@@ -60,7 +60,7 @@ class CompressionConfig:
             raise ValueError(
                 f"config version {self.version} is newer than {self.VERSION}, the newest this vtc reads; update vtc"
             )
-        if self.positions not in ("original", "compact"):
+        if self.positions not in (None, "original", "compact"):
             raise ValueError(f"positions={shown(self.positions)} is neither 'original' nor 'compact'")
         if self.calibration is not None and self.calibration not in get_args(Calibration):
             known = ", ".join(map(repr, get_args(Calibration)))
@@ -72,11 +72,12 @@ class CompressionConfig:
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options={shown(self.options)} is not a mapping of option names to values")
         object.__setattr__(self, "options", dict(self.options))
-        self.build()  # refuses what is wrong while the caller is still near
+        method = self.build()  # refuses what is wrong while the caller is still near
+        object.__setattr__(self, "positions", method.positions_for(self.positions))
 
     @classmethod
     def of(
-        cls, method: Method, positions: Positions = "original", calibration: Calibration | None = None
+        cls, method: Method, positions: Positions | None = None, calibration: Calibration | None = None
     ) -> CompressionConfig:
         """The config of a method as it is, with every option written down, defaults too.
 
@@ -84,7 +85,7 @@ class CompressionConfig:
             ValueError: the method's class is not registered, so that it could not be built again from its name.
         """
         _check_registered(method)
-        return cls(method.name, _options_of(method), positions, calibration=calibration)
+        return cls(method.name, _options_of(method), positions, calibration=calibration)  # type: ignore[arg-type]
 
     def with_method(self, method: Method) -> CompressionConfig:
         """The same for another method, or for other options; as :meth:`of`."""

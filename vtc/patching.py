@@ -36,8 +36,9 @@ def patch(
         method: a name (see :func:`vtc.list_methods`), a method object such as ``vtc.DivPrune(keep=64)``, or a
             :class:`vtc.CompressionConfig`.
         keep: with a name only: float in (0, 1], the fraction kept, or int >= 1, the tokens kept per image.
-        positions: ``"original"`` (default): kept tokens keep their position ids; ``"compact"``: they are renumbered
-            without gaps, as the code of some papers does (not for models with 3-D positions).
+        positions: ``"original"`` (default, but for a method that needs the other): kept tokens keep their position ids;
+            ``"compact"``: they are renumbered without gaps, as the code of some papers does (not for models with 3-D
+            positions).
         calibration: what is added to the logits of attention once tokens left, in every layer behind them and in every
             step, with attn_implementation ``"sdpa"`` or ``"eager"``. ``None`` (default): nothing. ``"size"``: log(s) on
             places that stand for s tokens, for methods that merge. ``"size+distance"``: also log(2 - D), D the mean

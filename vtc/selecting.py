@@ -167,4 +167,5 @@ def _signals(
 def _facts(width: int, signals: Mapping[str, Tensor], layout: Layout) -> ModelFacts:
     kinds = frozenset(kind for kind in (signal.kind for signal in TOWER_SIGNALS) if kind in signals)
     thumbnail = bool(layout.of_kind("thumbnail"))
-    return replace(ANY_MODEL, model_type="bare tensors", width=width, signals=kinds, has_thumbnail=thumbnail)
+    bare = replace(ANY_MODEL, model_type="bare tensors", width=width, signals=kinds, has_thumbnail=thumbnail)
+    return replace(bare, matryoshka=True)  # whose tensors they are is the caller's word

@@ -174,12 +174,14 @@ def flash(suite: Suite, spec: Spec) -> None:
 def names() -> list[str]:
     """All registered methods that choose in pictures, those of the table first.
 
-    Not those inside the vision tower: what they are compared with here are the features of the whole tower.
+    Not those inside the vision tower: what they are compared with here are the features of the whole tower. Nor those
+    that take only models trained for them.
     """
     ours = (name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc."))
     of_pictures = (name for name in ours if not issubclass(method_class(name), VideoMethod))
     behind = (name for name in of_pictures if not method_class(name)().acts_in_tower)
-    return [*METHODS, *(name for name in behind if name not in METHODS)]
+    of_any_model = (name for name in behind if not method_class(name).trained)
+    return [*METHODS, *(name for name in of_any_model if name not in METHODS)]
 
 
 def _control(model: Any, inputs: dict[str, Tensor], row: Row) -> Row:

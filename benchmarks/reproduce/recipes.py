@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MQT_LLAVA = "mqt-llava"
+"""What `vtc convert mqt` made of gordonhu/MQT-LLaVA-7b: a local folder."""
 LLAVA_15, LLAVA_NEXT = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 POINTS, MME_POINTS = 1.5, 40.0
@@ -205,6 +207,12 @@ RECIPES = (
             Expected(*_GQA, 57.4, None), Expected(*_POPE, 82.2, None), Expected(*_VQA, 74.6, None), _mme(1392, None),
         ),
         note="about 144 tokens, whatever keep says",
+    ),
+    Recipe(
+        "mqt", "MQT-LLaVA, NeurIPS 2024, 2 of 256 tokens", "llava_hf", MQT_LLAVA, ("method=mqt", "keep=2"),
+        retention=Retention(97.0, (_SQA,)),
+        note="first: vtc convert mqt MQT-LLaVA-7b mqt-llava --vision-tower clip-vit-large-patch14-336; the paper says "
+        "a drop of 3 %",
     ),
     _kept(
         "fastv", "FastV, ECCV 2024, as re-run by ToDRE, 25 %", 95.4, "method=fastv", "keep=0.25",

@@ -135,7 +135,8 @@ def language(
     # [S, 2 heads, width / 2]: the query half carries the softmax scale, so that no pass is spent on it.
     scale = torch.tensor([width**-0.5] * heads + [1.0] * heads)[:, None]
     cos, sin = ((t[:, None] * scale).to(x.dtype) for t in (angle.cos(), angle.sin()))
-    future = torch.full((prefix, prefix), float("-inf"), dtype=x.dtype).triu(1)
+    most = max(prefix, length)  # few image tokens may be fewer than those of a question
+    future = torch.full((most, most), float("-inf"), dtype=x.dtype).triu(1)
     sizes = (prefix, count * length)
     states = []
     for index in range(config.num_hidden_layers):

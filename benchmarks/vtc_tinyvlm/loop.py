@@ -1,8 +1,8 @@
-"""The training loop of both models: two phases, resumable, seeded, one progress bar, a learning curve.
+"""The training loop of all models: two phases, resumable, seeded, one progress bar, a learning curve.
 
-*vision* trains the tower alone, *joint* the rest or everything, with a warmup-stable-decay schedule: the rate stays
-constant until ``joint_steps`` is reached (or a file named ``decay`` appears in the state directory) and then falls in
-``decay_steps``. A signal that ends the process saves the state first.
+*vision* (or what else a trainer calls its first) trains a part alone, *joint* the rest or everything, with a
+warmup-stable-decay schedule: the rate stays constant until ``joint_steps`` is reached (or a file named ``decay``
+appears in the state directory) and then falls in ``decay_steps``. A signal that ends the process saves the state first.
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ class Trainer(ABC):
         model: what is trained.
         heads: modules of the auxiliary losses.
         optimizers: with the base learning rate of each.
+        first: what the first phase is called.
     """
 
     def __init__(
-        self, model: nn.Module, heads: nn.Module, optimizers: Sequence[tuple[torch.optim.Optimizer, float]]
+        self,
+        model: nn.Module,
+        heads: nn.Module,
+        optimizers: Sequence[tuple[torch.optim.Optimizer, float]],
+        first: str = "vision",
     ) -> None:
-        self.model, self.heads = model, heads
+        self.model, self.heads, self.first = model, heads, first
         self.optimizers = [optimizer for optimizer, _ in optimizers]
         self.base_lr = [lr for _, lr in optimizers]
-        self.progress: dict[str, Any] = {"phase": "vision", "step": 0, "images": 0, "cpu": 0.0, "wall": 0.0}
+        self.progress: dict[str, Any] = {"phase": first, "step": 0, "images": 0, "cpu": 0.0, "wall": 0.0}
         self.progress["decay"] = None
 
     @abstractmethod
@@ -111,7 +116,7 @@ class Schedule:
 
     def end(self, progress: dict[str, Any]) -> int:
         """The step at which the present phase ends."""
-        if progress["phase"] == "vision":
+        if progress["phase"] != "joint":
             return self.vision_steps
         return sum(progress["decay"]) if progress["decay"] else self.joint_steps + self.decay_steps
 
@@ -163,7 +168,7 @@ def train(
 
     def checkpoint() -> None:
         save_state()
-        if progress["phase"] != "vision":
+        if progress["phase"] != trainer.first:
             save(trainer.model, state / "checkpoint")
         row = {"phase": progress["phase"], "step": progress["step"], "images": progress["images"]}
         row |= {"cpu_minutes": progress["cpu"], "wall_minutes": progress["wall"], "lr": scale * schedule.lr}
@@ -180,7 +185,7 @@ def train(
             raise SystemExit(f"stopped; resume with --state {state}")
         phase, step = progress["phase"], progress["step"]
         told = step >= schedule.joint_steps or (state / "decay").exists()
-        if phase != "vision" and progress["decay"] is None and told:
+        if phase != trainer.first and progress["decay"] is None and told:
             progress["decay"] = (step, schedule.decay_steps)
         end = schedule.end(progress)
         if bar is None or bar.desc != phase or bar.total != end:
@@ -188,7 +193,7 @@ def train(
                 bar.close()
             bar = tqdm(total=end, initial=step, desc=phase, mininterval=10)
             bar.desc = phase
-        size = schedule.vision_batch if phase == "vision" else schedule.joint_batch
+        size = schedule.vision_batch if phase == trainer.first else schedule.joint_batch
         scale = schedule.rate(phase, step, schedule.vision_steps, progress["decay"])
         trainer.set_rate(scale)
         before_step(step)
@@ -203,8 +208,8 @@ def train(
             checkpoint()
             last_evaluation = time.time()
         if finished:
-            progress["phase"], mean = ("joint" if phase == "vision" else "done"), {}
-            progress["step"] = 0 if phase == "vision" else progress["step"]
+            progress["phase"], mean = ("joint" if phase == trainer.first else "done"), {}
+            progress["step"] = 0 if phase == trainer.first else progress["step"]
             save_state()
     if bar is not None:
         bar.close()

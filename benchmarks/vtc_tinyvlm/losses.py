@@ -56,8 +56,17 @@ def vision_loss(heads: Heads, features: Tensor, cls: Tensor, batch: Batch) -> tu
 def question_logits(
     model: Any, params: dict[str, Tensor], batch: Batch, features: Tensor, barred: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Logits at the question mark and at the answer [B, Q, 2, V], per-layer states, and the question mark's index."""
-    image = fast.project(params, features)
+    """What :func:`read_out` returns, from the tower's features."""
+    return read_out(model, params, batch, fast.project(params, features), barred)
+
+
+def read_out(
+    model: Any, params: dict[str, Tensor], batch: Batch, image: Tensor, barred: Tensor | None = None
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Logits at the question mark and at the answer [B, Q, 2, V], per-layer states, and the question mark's index.
+
+    From visual tokens [B, N, d] as they enter the language model.
+    """
     normed, states = fast.language(params, model.config.text_config, image, BOS, batch.questions, barred)
     mark = batch.length - 1
     logits = F.linear(torch.stack([at(normed, mark), at(normed, mark + 1)], 2), params["lm_head.weight"])
@@ -85,10 +94,18 @@ def joint_loss(
     """Answer and end token at full weight, plus the auxiliary losses."""
     features, cls = fast.vision(params, model.config.vision_config, batch.pixels)
     logits, states, mark = question_logits(model, params, batch, features, bar_answer_row(batch, features.dtype))
+    seen, report = vision_loss(heads, features, cls, batch)
+    answered, more = answer_loss(heads, logits, states, mark, batch, ground_weight)
+    return answered + PATCH_WEIGHT * seen, report | more
+
+
+def answer_loss(
+    heads: Heads, logits: Tensor, states: list[Tensor], mark: Tensor, batch: Batch, ground_weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Answer and end token, and grounding, from what :func:`read_out` returns."""
     answer = F.cross_entropy(logits[..., 0, :].flatten(0, 1), batch.answer.flatten())
     end = F.cross_entropy(logits[..., 1, :].flatten(0, 1), torch.full_like(batch.answer, EOS).flatten())
-    seen, report = vision_loss(heads, features, cls, batch)
-    ground = torch.zeros(())
+    ground, report = torch.zeros(()), {}
     for name, layer, index, labels in (
         ("referent", REFERENT_LAYER, mark - 1, batch.referent),
         ("target", TARGET_LAYER, mark, batch.target),
@@ -98,7 +115,7 @@ def joint_loss(
         known = labels[..., 0] != IGNORE
         report[name] = (guess.argmax(-1) == labels).all(-1)[known].float().mean().item()
     report |= {"answer": answer.item(), "end": end.item()}
-    return answer + end + PATCH_WEIGHT * seen + ground_weight * ground, report
+    return answer + end + ground_weight * ground, report
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def _config(given: Mapping[str, Any]) -> CompressionConfig | None:
         options["keep"] = given["keep"]
     # through the config format, which turns {"method": ...} into a method and lists into tuples
     plain = {"version": 1, "method": str(method), "options": options}
-    plain |= {"positions": given.get("positions", "original"), "calibration": given.get("calibration")}
+    plain |= {"positions": given.get("positions"), "calibration": given.get("calibration")}
     config = CompressionConfig.from_dict(plain)
     return config.with_method(config.build())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import sys
 import textwrap
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from torch import nn
 from vtc.binding import bind
 from vtc.config import CompressionConfig
 from vtc.models import resolve
+from vtc.modules import LlavaMqtConfig, LlavaMqtForConditionalGeneration
 from vtc.profiling.configs import builds
 from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
@@ -70,7 +72,18 @@ def find(base: str, simple: bool) -> type[Any]:
         raise ValueError(
             f"base={shown(base)} loads no checkpoint by `pretrained`: it is no Hugging Face model. {_WORKS}"
         )
+    teach(cls)
     return cls
+
+
+def teach(cls: type[Any]) -> None:
+    """Let a base that picks classes by model type, from a table in its module, load what ``vtc convert mqt`` writes.
+
+    ``llava_hf`` in lmms-eval 0.7 does; without an entry it ends with a KeyError. Nothing that it knows changes.
+    """
+    table = getattr(sys.modules[cls.__module__], "model_map", None)
+    if isinstance(table, dict) and "llava" in table:
+        table.setdefault(LlavaMqtConfig.model_type, LlavaMqtForConditionalGeneration)
 
 
 _WORKS = "What works: bases that load a transformers model, such as llava_hf, qwen2_5_vl, internvl_hf"

@@ -46,7 +46,8 @@ def batch_of(family: str, images: tuple[int, ...] = (1, 2, 0)) -> Batch:
 def pivot_for(model: Any) -> str:
     """Found without vtc: does a vision tower of the model own a CLS embedding?"""
     has_cls = any(name.endswith(("class_embedding", "cls_token")) for name, _ in model.named_parameters())
-    return "cls" if has_cls else "random"
+    mixes = any(name.endswith("projector.query") for name, _ in model.named_parameters())  # no token has a patch then
+    return "cls" if has_cls and not mixes else "random"
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import vtc
 import vtc_lmms_eval
 import vtc_tinyvlm
 from vtc.config import CompressionConfig
+from vtc.modules import LlavaMqtForConditionalGeneration
 from vtc_lmms_eval import EvaluationStopped, bases, runs, scenes
 from vtc_lmms_eval.arguments import split
 from vtc_lmms_eval.meter import Clock, Meter
@@ -401,6 +403,19 @@ def test_a_reproduction_is_judged(reproduce):
     whole = dict.fromkeys(todre.retention.over, 0.8)
     assert reproduce.judged(todre, whole, dict.fromkeys(whole, 0.76))[0][1]
     assert not reproduce.judged(todre, whole, dict.fromkeys(whole, 0.7))[0][1]
+
+
+def test_a_base_that_picks_classes_by_type_learns_of_mqt(monkeypatch):
+    """As llava_hf does; what it knows stays, and a module without such a table is left alone."""
+    module = types.ModuleType("stand_in")
+    module.model_map = {"llava": "theirs"}
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    for table in ({"llava": "theirs"}, {"llava": "theirs", "llava_mqt": "their own"}, {"other": "theirs"}):
+        module.model_map = dict(table)
+        bases.teach(type("Base", (), {"__module__": "stand_in"}))
+        assert module.model_map | table == module.model_map
+        known = module.model_map.get("llava_mqt")
+        assert known == table.get("llava_mqt", LlavaMqtForConditionalGeneration if "llava" in table else None)
 
 
 def test_only_commands_know_the_integration():

@@ -29,6 +29,7 @@ SAMPLES: dict[str, vtc.Method] = {
     "holov": vtc.HoloV(keep=0.4),
     "vscan": vtc.VScan(keep=0.4, window=2),
     "visionzip": vtc.VisionZip(keep=5, contextual=2),
+    "mqt": vtc.MQT(keep=0.4),
     "prumerge": vtc.PruMerge(keep=0.4),
     "prumerge_adaptive": vtc.PruMerge(adaptive=True),
     "prumerge_plus": vtc.PruMergePlus(keep=0.4),

@@ -58,7 +58,7 @@ RUNS = {
 
 
 # Who refuses what: what keeps a family from a method is a property of its vision tower or of its language model.
-NO_TOWER = ("gemma4", "gemma4_bidirectional")  # patches and tokens cannot be matched
+NO_TOWER = ("gemma4", "gemma4_bidirectional", "llava_mqt")  # patches and tokens cannot be matched
 WITH_CLS = (
     "llava", "llava_adjacent", "vipllava", "llava_next", "llava_next_video", "llava_next_video_image", "video_llava",
     "internvl",
@@ -94,6 +94,7 @@ def refusing(family: str) -> set[str]:
             or (first == "zero-tprune" and family not in RECTANGULAR)
             or (first == "tome" and family not in MERGES)
             or (first == "evit" and family not in (*PROJECTOR, *OTHERS))
+            or (method.name == "mqt" and family != "llava_mqt")
             or (first == "pixelprune" and family not in UNITS)
         ):
             found.add(name)
@@ -122,6 +123,8 @@ def applies(family: str, method: vtc.Method, run: str) -> bool:
     """
     if method.members[0].name in ("tome", "evit") and family == "llava_next_video":
         return False  # its pictures merge, and its videos, which are this family's input, are pooled
+    if method.name == "mqt":
+        return False  # its positions are compact, and the reference's are not: test_methods_mqt.py
     if run == "flash":
         return family not in (*PREFIX_LM, HYBRID)
     if method.name not in EVERYWHERE and (RELEASE < NEWEST or run not in ("sdpa", "flash")):

@@ -29,6 +29,7 @@ from vtc.tokens import Layout, Segment
 BOTH = ("image", "video")
 PROMISED = {  # the families that the project sets out to support, by their name in transformers
     "llava": ("image",),  # LLaVA-1.5, and Pixtral's transformers checkpoints
+    "llava_mqt": ("image",),
     "vipllava": ("image",),
     "llava_next": ("image",),
     "llava_onevision": BOTH,
@@ -71,6 +72,7 @@ def test_cls_is_offered_exactly_where_a_tower_has_one(family: str) -> None:
     model = get_model(family)
     has_cls = any(name.endswith(("class_embedding", "cls_token")) for name, _ in model.named_parameters())
     adapter, parts = resolve(model)
+    has_cls = has_cls and not adapter.matryoshka  # there no token has a patch of its own
     assert [adapter.gives(parts, signal) for signal in (Cls(), ClsLogits())] == [has_cls] * 2
     assert {"cls", "cls_logits"} <= adapter.facts(parts).signals or not has_cls
     assert not adapter.gives(parts, Cls(layer=-99))
@@ -132,6 +134,7 @@ EXPECTED: dict[str, list[Layout]] = {
     "llava": pictures_of([(4, 4)] * 3),
     "llava_adjacent": pictures_of([(4, 4)] * 3),
     "llava_pixtral": pictures_of([(2, 4), (4, 3), (3, 3)]),
+    "llava_mqt": [Layout.plain(9)] * 3,  # no token has a place
     "vipllava": pictures_of([(4, 4)] * 3),
     "llava_next": ANY,
     "llava_next_video_image": ANY,

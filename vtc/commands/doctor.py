@@ -46,7 +46,7 @@ def doctor(
     method: MethodName = "divprune",
     keep: KeepText = "0.5",
     option: Options = None,
-    positions: Positions = "original",
+    positions: Positions = None,
     device: Device = "auto",
     dtype: Annotated[
         str, typer.Option(help="Of MODEL: auto (as saved), float32 (the sharpest), bfloat16, float16.")

@@ -54,7 +54,7 @@ def estimate(
 
         transformers.utils.logging.set_verbosity_error()
         size = parse_size(image)
-        config = build_config(method, keep, option, "original")
+        config = build_config(method, keep, option, None)
         name = str(importlib.import_module(SHIPPED[model]).CHECKPOINT) if model in SHIPPED else model
         result = compute(name, size, frames=frames, tokens=tokens, text=text, batch=batch, method=config, device=device)
         if as_json:

@@ -50,7 +50,7 @@ def profile(
     text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded to time a step; 0: none.")] = 8,
     repeats: Annotated[int, typer.Option(help="Timed rounds; every round runs everything once.")] = 7,
-    positions: Positions = "original",
+    positions: Positions = None,
     calibration: Calibration = None,
     dtype: Annotated[
         str, typer.Option(help="auto (as saved; random weights: float32), float32, bfloat16 ...")

@@ -30,7 +30,7 @@ def serve(
     method: MethodName = "divprune",
     keep: KeepText = "0.25",
     option: Options = None,
-    positions: Positions = "original",
+    positions: Positions = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 8000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead of running it.")] = False,

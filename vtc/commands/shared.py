@@ -24,7 +24,10 @@ KeepText = Annotated[
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="An option of the method, as name=value; repeatable.")
 ]
-Positions = Annotated[str, typer.Option(help="original: kept tokens keep their positions; compact: renumbered.")]
+Positions = Annotated[
+    str | None,
+    typer.Option(help="original: kept tokens keep their positions; compact: renumbered. Without: as the method needs."),
+]
 Calibration = Annotated[
     str | None, typer.Option(help="Added to attention logits: size, size+distance or size+visual-distance.")
 ]
@@ -85,7 +88,7 @@ def parse_options(options: list[str] | None) -> dict[str, Any]:
 
 
 def build_config(
-    method: str, keep: str, options: list[str] | None, positions: str, calibration: str | None = None
+    method: str, keep: str, options: list[str] | None, positions: str | None, calibration: str | None = None
 ) -> CompressionConfig:
     """What ``--method``, ``--keep``, ``--option``, ``--positions`` and ``--calibration`` ask for."""
     from vtc.config import CompressionConfig

@@ -34,7 +34,7 @@ def show(
     method: MethodName = "divprune",
     keep: KeepText = "0.25",
     option: Options = None,
-    positions: Positions = "original",
+    positions: Positions = None,
     calibration: Calibration = None,
     question: Annotated[
         str, typer.Option("--question", "-q", help="What to ask; some methods choose by it.")

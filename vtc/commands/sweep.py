@@ -55,7 +55,7 @@ def sweep(
     ] = True,
     questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many questions are asked.")] = 600,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    positions: Positions = "original",
+    positions: Positions = None,
     calibration: Calibration = None,
     device: Device = "auto",
     threads: Threads = 1,

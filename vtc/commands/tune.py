@@ -31,7 +31,7 @@ def tune(
     task: TaskName = None,
     include_path: IncludePath = None,
     option: Options = None,
-    positions: Positions = "original",
+    positions: Positions = None,
     calibration: Calibration = None,
     questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many questions are asked.")] = 1200,
     device: Device = "auto",

@@ -181,6 +181,13 @@ def vision_tower(base: nn.Module) -> str:
     return "unknown" if tower is None else type(tower).__name__
 
 
+def projector(base: Any) -> str:
+    """The class between vision tower and language model, for messages; empty: none is found."""
+    names = ("multi_modal_projector", "connector", "embed_vision")
+    found = (getattr(base, name, None) for name in names)
+    return next((type(module).__name__ for module in found if module is not None), "")
+
+
 def rotates_in_3d(config: Any) -> bool:
     """Multimodal RoPE: positions are (time, height, width) triples."""
     return "mrope_section" in str(getattr(config, "rope_parameters", None))

@@ -106,6 +106,8 @@ class ModelFacts:
         has_thumbnail: its large images are a thumbnail and crops whose places in the image are known.
         tower_depth: blocks of the vision tower that the language model gets to see; 0: patches cannot leave in it.
         restores: a token is made of several patches that stand apart: those that leave in the tower come back behind.
+        matryoshka: the first m of an image's n tokens are, for every m, what a prompt of m tokens would have.
+        projector: the class of its projector, for messages.
     """
 
     model_type: str
@@ -115,6 +117,8 @@ class ModelFacts:
     has_thumbnail: bool = False
     tower_depth: int = 0
     restores: bool = False
+    matryoshka: bool = False
+    projector: str = ""
 
 
 ANY_MODEL = ModelFacts(model_type="any", width=1, depth=1 << 16, tower_depth=1 << 16)
@@ -145,6 +149,8 @@ class Method(ABC):
     nested: ClassVar[bool] = False
     """True when a smaller budget keeps the first of a larger: the order of picking does not depend on how many are
     asked for. Then :mod:`vtc.methods.adaptive` can stop it early."""
+    trained: ClassVar[bool] = False
+    """True when only models that were trained for it can take it."""
     content_decides: ClassVar[bool] = False
     """True when ``keep`` is the most that stays, 1.0 too, and the content decides how many do. Then :meth:`counts` is
     ``None`` before the language model."""
@@ -212,6 +218,17 @@ class Method(ABC):
             ValueError: with the offending value and what would work.
         """
         return None
+
+    def positions_for(self, asked: str | None) -> str:
+        """Which position ids go with the method, ``original`` or ``compact``.
+
+        Args:
+            asked: what a caller wants; ``None``: the method's own default.
+
+        Raises:
+            ValueError: those asked for do not fit; with the reason.
+        """
+        return asked or "original"
 
     @property
     def remedy(self) -> str:

@@ -108,6 +108,10 @@ class Chain(Method):
         """The parts, which have the stages."""
         return (*self.first.members, *self.second.members)
 
+    def positions_for(self, asked: str | None) -> str:
+        """As ``first`` does, if the other can do with it."""
+        return self.second.positions_for(self.first.positions_for(asked))
+
     @property
     def remedy(self) -> str:
         """That of ``first``."""

@@ -127,6 +127,10 @@ class InTower(InsideTower):
         assert self.then is not None
         return self.then.reduce(_its_own(stage), tokens, budget)
 
+    def positions_for(self, asked: str | None) -> str:
+        """As ``then`` does."""
+        return super().positions_for(asked) if self.then is None else self.then.positions_for(asked)
+
     @property
     def reads_layout(self) -> bool:
         """As ``then`` does."""

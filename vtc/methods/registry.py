@@ -65,5 +65,5 @@ def list_methods() -> list[str]:
 
 
 def blind_methods() -> list[str]:
-    """Names of the methods that need no signal, as they are by default."""
-    return [name for name, cls in sorted(_REGISTRY.items()) if not cls().signals()]
+    """Names of the methods that need no signal, as they are by default, nor a model trained for them."""
+    return [name for name, cls in sorted(_REGISTRY.items()) if not cls.trained and not cls().signals()]

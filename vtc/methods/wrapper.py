@@ -96,6 +96,10 @@ class Wrapper(Method):
         """As the selector does."""
         return self.selector.reads_layout
 
+    def positions_for(self, asked: str | None) -> str:
+        """As the selector does."""
+        return self.selector.positions_for(asked)
+
     @property
     def remedy(self) -> str:
         """That of the selector."""

@@ -128,6 +128,8 @@ class Adapter:
     """Its vision tower has a CLS token as a rule, and :meth:`tower` finds it."""
     has_thumbnail: ClassVar[bool] = False
     """A large image is a thumbnail and crops, and :meth:`layouts` says where in the image each crop is."""
+    matryoshka: ClassVar[bool] = False
+    """The first m of an image's n tokens are, for every m, what a prompt of m tokens would have."""
 
     def placeholders(self, config: Any) -> dict[str, int]:
         """The token id, by modality, that features are written into."""
@@ -167,6 +169,8 @@ class Adapter:
             has_thumbnail=self.has_thumbnail,
             tower_depth=self._tower_depth(parts.base),
             restores=self.reduces(parts.base, "image") == "restore",
+            matryoshka=self.matryoshka,
+            projector=modules.projector(parts.base),
         )
 
     def _tower_depth(self, base: Any) -> int:

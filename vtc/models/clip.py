@@ -28,5 +28,12 @@ def one_to_one(values: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
 
 
 def in_front(values: Tensor, extra: int) -> Tensor:
-    """Zeros for ``extra`` tokens in front of the patches [pictures, patches, ...]."""
+    """Zeros for ``extra`` tokens in front of the patches [pictures, patches, ...].
+
+    Raises:
+        ValueError: there are fewer tokens than patches.
+    """
+    if extra < 0:
+        patches = values.shape[1]
+        raise ValueError(f"{patches} patches are not among {patches + extra} tokens: a projector made others of them")
     return nn.functional.pad(values, (*(0, 0) * (values.dim() - 2), extra, 0)) if extra else values

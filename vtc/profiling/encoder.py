@@ -12,6 +12,7 @@ from vtc.costs import Cost, Matrices, attention_of, matrices_of, named_matrices,
 from vtc.dialect.towers import TOWERS
 from vtc.feed import Feed
 from vtc.models import Parts
+from vtc.modules import MatryoshkaQueryTransformer
 from vtc.profiling.towers import tower_of
 
 _ASIDE = {*TOWERS, "video_tower", "audio_tower", "embed_audio"}
@@ -30,6 +31,7 @@ class Encoder:
             reads its output.
         projector: what stands between tower and language model.
         size: bytes per number.
+        resampler: what stands there instead, if it is one.
     """
 
     embedding: int
@@ -38,6 +40,7 @@ class Encoder:
     pooler: tuple[nn.Module, ...]
     projector: Matrices
     size: int = 2
+    resampler: MatryoshkaQueryTransformer | None = None
 
     @classmethod
     def of(cls, parts: Parts, modality: str = "image") -> Encoder:
@@ -66,7 +69,8 @@ class Encoder:
         merger = matrices_of(tower, config, without=counted)
         others = [m for n, m in parts.base.named_children() if n not in _ASIDE and m is not parts.decoder]
         dense = sum(matrices_of(module, config).dense for module in others)
-        return cls(sum(embedding.values()), blocks, merger, pooler, Matrices(dense))
+        resampler = next((m for m in others if isinstance(m, MatryoshkaQueryTransformer)), None)
+        return cls(sum(embedding.values()), blocks, merger, pooler, Matrices(dense), resampler=resampler)
 
     def vision(
         self, feed: Feed, batch: int = 1, sequences: Sequence[tuple[int, ...]] | None = None, left: int = 0
@@ -98,6 +102,9 @@ class Encoder:
 
     def projection(self, feed: Feed, batch: int = 1, left: int = 0) -> Cost:
         """The projector's part, for ``batch`` such images, of each of which so many rows left before."""
+        if self.resampler is not None:
+            products, entries = self.resampler.products(feed.projected)
+            return Cost(2.0 * batch * products, self.size * entries)
         return Cost(2.0 * batch * self.projector.met * (feed.projected - left), self.size * self.projector.dense)
 
 

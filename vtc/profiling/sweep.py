@@ -72,7 +72,7 @@ def plan(
     exam: Exam,
     methods: Sequence[str],
     keeps: Sequence[Keep],
-    positions: str = "original",
+    positions: str | None = None,
     calibration: str | None = None,
 ) -> list[Cell]:
     """The cells of a sweep: the unpruned model, then every method with every ``keep``. Baselines are not calibrated.

@@ -20,7 +20,10 @@ from vtc.models import Parts, resolve
 from vtc.profiling.configs import config_of
 from vtc.profiling.feed import feed_of
 
-TILED = {"llava", "vipllava", "gemma3", "paligemma", "internvl", "llava_next", "llava_next_video", "llava_onevision"}
+TILED = {
+    *("llava", "llava_mqt", "vipllava", "llava_next", "llava_next_video", "llava_onevision"),
+    *("gemma3", "paligemma", "internvl"),
+}
 """Families whose pictures enter the tower as one or several of its own size."""
 LONGEST_ASPECT = 200
 """Processors of the Qwen-VL line refuse pictures that are longer than this times their width."""

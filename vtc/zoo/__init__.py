@@ -107,6 +107,7 @@ def _families() -> list[Family]:
         Family("llava", models.llava, square),
         Family("llava_adjacent", models.llava, square, gap=0),
         Family("llava_pixtral", models.llava_pixtral, PixtralRows(2)),
+        Family("llava_mqt", models.llava_mqt, Fixed(8, 9)),
         Family("vipllava", models.vipllava, square),
         Family("llava_next", models.llava_next, AnyRes()),
         Family("llava_next_video_image", models.llava_next_video, AnyRes()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import transformers as tf
 
+from vtc.modules.llava import LlavaMqtConfig, LlavaMqtForConditionalGeneration
 from vtc.zoo.parts import (
     _QWEN_IDS,
     AUDIO,
@@ -61,6 +62,18 @@ def vipllava() -> tf.PreTrainedModel:
         image_seq_length=16,
     )
     return _finish(tf.VipLlavaForConditionalGeneration, config)
+
+
+def llava_mqt() -> tf.PreTrainedModel:
+    config = LlavaMqtConfig(
+        vision_config=_clip(),
+        text_config=tf.LlamaConfig(**_text()),
+        image_token_index=IMAGE,
+        image_seq_length=9,
+        num_queries=9,
+        query_heads=4,
+    )
+    return _finish(LlavaMqtForConditionalGeneration, config)
 
 
 def llava_next() -> tf.PreTrainedModel:
