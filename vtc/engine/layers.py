@@ -24,7 +24,7 @@ from vtc.dialect.masks import causal_mask, layer_type, window_of
 from vtc.engine.compaction import Columns, StageResult
 from vtc.engine.context import Call, running_call
 from vtc.engine.inside import LayerState
-from vtc.engine.lengths import adopt, slot_map, stage_of
+from vtc.engine.lengths import SlotMap, adopt, slot_map, stage_of
 from vtc.engine.plan import check_no_gradient
 from vtc.engine.probe import recipes
 from vtc.engine.rows import AttentionRows
@@ -279,17 +279,35 @@ class LayerStages:
         cache = CACHE.read(kwargs)
         if (slots := slot_map(cache, index)) is None or slots is slot_map(cache):
             return None
-        hidden = attention.hidden_states(args, kwargs)
-        length = physical_length(cache, index) + hidden.shape[1]
-        padding = slots.physical_mask(running.logical, length)
-        call = self.parts.spellings.layers[index].bind((), kwargs)
-        if padding is None and call[MASK] is None:
-            return None
+        given = MASK.read(kwargs)
         key = (stage_of(cache, index), layer_type(self.parts.decoder.config, index))
         if key not in running.later_masks:
-            running.later_masks[key] = causal_mask(self.parts.decoder.config, index, hidden, padding, cache)
-        call[MASK] = running.later_masks[key]
+            hidden = attention.hidden_states(args, kwargs)
+            running.later_masks[key] = self._later_mask(index, running, slots, cache, hidden, given is not None)
+        if (mask := running.later_masks[key]) is None and given is None:
+            return None
+        call = self.parts.spellings.layers[index].bind((), kwargs)
+        call[MASK] = mask
         return args, call.named
+
+    def _later_mask(
+        self, index: int, running: Call, slots: SlotMap, cache: Any, hidden: Tensor, masked: bool
+    ) -> Tensor | None:
+        """For new columns [B, M, d], which the layers in front have a mask for or not.
+
+        A single token that sees every key needs none.
+        """
+        config = self.parts.decoder.config
+        length = physical_length(cache, index) + hidden.shape[1]
+        padding = slots.physical_mask(running.logical, length)
+        if padding is None and not masked:
+            return None
+        # on another device, looking would cost more than the mask
+        whole = padding is None or (padding.device.type == "cpu" and bool(padding.all()))
+        every_key = window_of(config, index) is None and mask_sizes(cache, hidden.shape[1], index) == (length, 0)
+        if whole and every_key and hidden.shape[1] == 1:
+            return None
+        return causal_mask(config, index, hidden, padding, cache)
 
 
 @dataclass

@@ -111,6 +111,14 @@ class SlotMaps(dict[int, SlotMap]):
 
     owner: Any = None
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._firsts: dict[int, int] = {}  # asked for in every layer of every step
+
+    def __setitem__(self, layer: int, slots: SlotMap) -> None:
+        super().__setitem__(layer, slots)
+        self._firsts.clear()
+
     def check_in_use(self) -> None:
         """Called when keys are stored.
 
@@ -133,7 +141,9 @@ class SlotMaps(dict[int, SlotMap]):
 
     def first(self, layer: int) -> int:
         """The first layer that stores the same slots."""
-        return max(first for first in self if first <= layer)
+        if (found := self._firsts.get(layer)) is None:
+            found = self._firsts[layer] = max(first for first in self if first <= layer)
+        return found
 
     def removed(self, layer: int) -> int:
         """By how many tokens a layer is shorter than the caller believes."""
