@@ -15,8 +15,10 @@ from vtc_tinyvlm.batches import hide_from_answer
 from .charts import Chart
 from .data import SPLITS, example
 from .documents import Document
+from .marks import patch_labels
 from .photos import SIZE, Photo
 from .questions import TYPES, TextQuestion, sample_questions
+from .scenes import Scene, shipped_assets
 from .vocabulary import EOS, PAD, pieces
 
 KINDS: dict[type, tuple[str, ...]] = {
@@ -46,6 +48,7 @@ class Batch:
     kind: Tensor  # [B, Q] index into TYPES, -1 where there is no question
     named: Tensor  # [B, Q, NAMED] index of a word whose place is known
     place: Tensor  # [B, Q, NAMED, 2] its column and row in the picture, or IGNORE
+    patches: Tensor  # [B, n] words of what stands under each patch, 0 where nothing named does
     hidden: Tensor  # bool [B, Q, n] what the row that predicts the end token may not see (training only)
 
 
@@ -78,19 +81,22 @@ class Source:
     def batch(self, start: int, size: int, shuffled: bool = True) -> Batch:
         """Pictures of positions start .. start + size; their questions are drawn anew in each epoch."""
         chosen = [self.at(i) if shuffled else (i, 0) for i in range(start, start + size)]
-        asked = [self.ask(index, epoch) for index, epoch in chosen]
+        scenes = [example(self.split, index, self.assets)[0] for index, _ in chosen]
+        asked = [self.ask(scene, *of) for scene, of in zip(scenes, chosen, strict=True)]
+        patches = np.stack([patch_labels(scene, self.assets or shipped_assets()) for scene in scenes])
         raw = torch.from_numpy(np.stack([self.features[index] for index, _ in chosen])).float()
-        return pack((raw - self.mean) / self.deviation, asked, np.random.default_rng((self.seed, start, 2)))
+        return pack((raw - self.mean) / self.deviation, asked, patches, np.random.default_rng((self.seed, start, 2)))
 
-    def ask(self, index: int, epoch: int) -> list[TextQuestion]:
+    def ask(self, scene: Scene, index: int, epoch: int) -> list[TextQuestion]:
         """The questions about a picture in an epoch."""
-        scene, _ = example(self.split, index, self.assets)
         rng = np.random.default_rng((SPLITS[self.split], index, epoch, self.seed))
         return sample_questions(scene, KINDS[type(scene)], rng)
 
 
-def pack(features: Tensor, asked: Sequence[Sequence[TextQuestion]], rng: np.random.Generator) -> Batch:
-    """Features [B, n, d] and each picture's questions as a batch."""
+def pack(
+    features: Tensor, asked: Sequence[Sequence[TextQuestion]], patches: np.ndarray, rng: np.random.Generator
+) -> Batch:
+    """Features [B, n, d], each picture's questions, and what stands under its patches [B, n] as a batch."""
     size, tokens = features.shape[:2]
     shape = (size, QUESTIONS)
     questions = np.full((*shape, SLOT), PAD, np.int64)
@@ -110,5 +116,5 @@ def pack(features: Tensor, asked: Sequence[Sequence[TextQuestion]], rng: np.rand
                 named[b, q, j] = sum(len(w) for w in words[: word + 1]) - 1
                 place[b, q, j] = [min(CELLS - 1, max(0, v * CELLS // SIZE)) for v in (x, y)]
     hidden = hide_from_answer(np.zeros((size, tokens), bool), QUESTIONS, rng)
-    arrays = (questions, labels, last, kind, named, place, hidden)
+    arrays = (questions, labels, last, kind, named, place, patches, hidden)
     return Batch(features, *(torch.from_numpy(x) for x in arrays))

@@ -139,13 +139,30 @@ def encoder_folder() -> Path:
     return cached
 
 
-def load() -> Any:
-    """The tower as a ``Dinov2Model``; it interpolates its positions to any multiple of 14 px.
+def load(size: int) -> Any:
+    """The tower as a ``Dinov2Model`` for pictures of so many px.
 
     Raises:
         Unavailable: it is not in the cache and cannot be had.
     """
-    return read(encoder_folder())
+    return at_size(read(encoder_folder()), size)
+
+
+@torch.no_grad()
+def at_size(tower: Any, size: int) -> Any:
+    """A tower whose own size this is: its positions are the ones that ``tower`` interpolates to for such pictures.
+
+    Who asks its config for the number of patches is then told the right one.
+    """
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(**tower.config.to_diff_dict() | {"image_size": size})
+    state, name = tower.state_dict(), "embeddings.position_embeddings"
+    rows = torch.empty(1, (size // config.patch_size) ** 2 + 1, config.hidden_size)
+    state[name] = tower.embeddings.interpolate_pos_encoding(rows, size, size)
+    model = Dinov2Model(config)
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def difference_from_onnx(onnx_file: Path, pixels: Tensor) -> float:
@@ -165,5 +182,5 @@ def difference_from_onnx(onnx_file: Path, pixels: Tensor) -> float:
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (theirs,) = session.run([last], {graph.graph.input[0].name: pixels.numpy()})
     with torch.no_grad():
-        ours = load()(pixels).last_hidden_state.numpy()
+        ours = read(encoder_folder())(pixels).last_hidden_state.numpy()
     return float(np.abs(ours - theirs).max())

@@ -41,7 +41,7 @@ def build_config(width: int = WIDTH, layers: int = LAYERS, vision: Any = None) -
         tie_word_embeddings=False,
     )
     return LlavaConfig(
-        vision_config=vision or encoder.build_config(),
+        vision_config=vision or encoder.build_config(SIZE),
         text_config=text,
         image_token_index=IMAGE,
         image_token_id=IMAGE,
@@ -134,7 +134,7 @@ def load(directory: str | Path = CHECKPOINT, tower: Any = None) -> tuple[Any, An
     directory = Path(directory)
     if not (directory / "model.safetensors").exists():
         raise Unavailable(_untrained(directory))
-    tower = tower or encoder.load()
+    tower = tower or encoder.load(SIZE)
     model = assemble(LlavaConfig.from_pretrained(directory))
     state = {name: x.float() for name, x in load_file(directory / "model.safetensors").items()}
     state |= {TOWER + name: x for name, x in tower.state_dict().items()}

@@ -69,7 +69,8 @@ class Sign:
 
 @dataclass(frozen=True)
 class Photo:
-    """One scene; ``crop`` is the background's left, top and side as shares, ``light`` a factor.
+    """One scene; ``crop`` is the background's left, top and side as shares, ``light`` a factor,
+    ``mirrored`` of the background alone.
 
     The first object's class is the one that is counted; all other classes stand there once.
     """
@@ -77,6 +78,7 @@ class Photo:
     background: str
     crop: tuple[float, float, float]
     light: float
+    mirrored: bool
     things: tuple[Thing, ...]
     sign: Sign | None
     quality: int
@@ -104,6 +106,7 @@ def sample(split: str, rng: np.random.Generator, assets: Any) -> Photo:
         background=backgrounds[rng.integers(len(backgrounds))],
         crop=(float(rng.random()), float(rng.random()), float(share)),
         light=float(rng.uniform(0.8, 1.15)),
+        mirrored=bool(rng.random() < 0.5),
         things=tuple(things),
         sign=sign,
         quality=int(rng.integers(60, 93)),
@@ -148,7 +151,7 @@ def _sample_thing(
     side, angle = int(rng.integers(SIDES[0], SIDES[1] + 1)), float(rng.uniform(-12, 12))
     mirrored, fit = bool(rng.random() < 0.5), float(rng.uniform(0.1, 0.35))
     for _ in range(30):
-        width, height = _extent(assets.cutout(source).size, side, angle)
+        width, height = extent(assets.cutout(source).size, side, angle)
         x = int(rng.integers(math.ceil(width / 2), SIZE - math.ceil(width / 2) + 1))
         y = int(rng.integers(math.ceil(height / 2), SIZE - math.ceil(height / 2) + 1))
         box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
@@ -159,7 +162,7 @@ def _sample_thing(
     return None
 
 
-def _extent(size: tuple[int, int], side: int, angle: float) -> tuple[float, float]:
+def extent(size: tuple[int, int], side: int, angle: float) -> tuple[float, float]:
     """Width and height of the box around a turned picture whose longest side is ``side``."""
     width, height = (side * each / max(size) for each in size)
     c, s = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
@@ -180,6 +183,8 @@ def render(scene: Photo, assets: Any) -> Image.Image:
     side = scene.crop[2] * min(ground.size)
     left, top = (share * (length - side) for share, length in zip(scene.crop, ground.size, strict=False))
     canvas = ground.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    if scene.mirrored:
+        canvas = canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     canvas = canvas.point(lambda v: min(255, int(v * scene.light)))
     for thing in scene.things:
         _paste(canvas, thing, assets)

@@ -21,18 +21,21 @@ from . import encoder, losses
 from .batches import Source
 from .features import Store, statistics
 from .model import LAYERS, TOWER, WIDTH, assemble, build_config, save
+from .photos import SIZE
 from .questions import TYPES
 
-SHOWN = ("answer_loss", "place")
+SHOWN = ("answer_loss", "place", "patch")
 
 
 class Trainer(loop.Trainer):
     """Projector and language model; the tower in it is a stand-in without use."""
 
-    def __init__(self, seed: int, width: int, layers: int, lr: float, muon_lr: float, place_weight: float) -> None:
+    def __init__(
+        self, seed: int, width: int, layers: int, lr: float, muon_lr: float, place_weight: float, patch_weight: float
+    ) -> None:
         from transformers import Dinov2Config
 
-        self.place_weight = place_weight
+        self.weights = place_weight, patch_weight
         torch.manual_seed(seed)
         unused = Dinov2Config(hidden_size=encoder.WIDTH, num_hidden_layers=1, image_size=14, patch_size=14, mlp_ratio=1)
         model = assemble(build_config(width, layers, unused))
@@ -51,7 +54,7 @@ class Trainer(loop.Trainer):
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """Answers and places, computed in bf16."""
         params = fast.parameters_in(self.model, torch.bfloat16)
-        return losses.loss(self.model, self.heads, params, batch, self.place_weight)  # type: ignore[arg-type]
+        return losses.loss(self.model, self.heads, params, batch, *self.weights)  # type: ignore[arg-type]
 
 
 def prepare(state: Path, pictures: int, validation: int, seed: int) -> tuple[Source, Source, Tensor, Tensor]:
@@ -65,7 +68,7 @@ def prepare(state: Path, pictures: int, validation: int, seed: int) -> tuple[Sou
         Store(state / "features" / split, split, n) for split, n in (("train", pictures), ("validation", validation))
     ]
     if any(store.done() < store.pictures for store in stores):
-        tower = encoder.load()
+        tower = encoder.load(SIZE)
         for store in stores:
             store.fill(tower)
     arrays = [store.open() for store in stores]
@@ -118,7 +121,7 @@ def run(
         evaluate=lambda phase: losses.evaluate(trainer.model, sources[1], validation),
         save=write,
         shown=SHOWN,
-        columns=(*loop.COLUMNS, *TYPES, "mean", *SHOWN),
+        columns=(*TYPES, "mean", *SHOWN),
         before_step=lambda step: choose_threads(threads) if step % 20 == 0 else None,
     )
 
@@ -139,6 +142,7 @@ def main(
     lr: float = 1.5e-3,
     muon_lr: float = 3e-3,
     place_weight: Annotated[float, typer.Option(help="Of the loss for where named things stand.")] = 0.2,
+    patch_weight: Annotated[float, typer.Option(help="Of the loss for what stands under each patch.")] = 0.5,
     evaluate_every: Annotated[float, typer.Option(help="Minutes between evaluations.")] = 6.0,
     validation: Annotated[int, typer.Option(help="Pictures of an evaluation.")] = 400,
 ) -> None:
@@ -148,7 +152,7 @@ def main(
     torch.set_num_threads(1)
     steps = round(pictures * epochs / batch)
     run(
-        Trainer(seed, width, layers, lr, muon_lr, place_weight),
+        Trainer(seed, width, layers, lr, muon_lr, place_weight, patch_weight),
         (train, held),
         (normal[0], normal[1]),
         state,

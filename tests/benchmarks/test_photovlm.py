@@ -139,7 +139,7 @@ def test_objects_stand_inside_and_hardly_overlap() -> None:
             continue
         boxes = []
         for thing in scene.things:
-            width, height = photos._extent(ASSETS.cutout(thing.source).size, thing.side, thing.angle)
+            width, height = photos.extent(ASSETS.cutout(thing.source).size, thing.side, thing.angle)
             boxes.append((thing.x - width / 2, thing.y - height / 2, thing.x + width / 2, thing.y + height / 2))
             assert min(boxes[-1]) >= -1
             assert max(boxes[-1]) <= photos.SIZE + 1
@@ -314,6 +314,10 @@ def test_the_encoder_is_read_out_of_a_graph(tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, 28, 42, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(read(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+        square = torch.randn(1, 3, 42, 42, generator=torch.Generator().manual_seed(2))
+        sized = encoder.at_size(read, 42)
+        assert sized.config.image_size == 42
+        assert torch.equal(sized(square).last_hidden_state, read(square).last_hidden_state)
     del found["layernorm.bias"]
     with pytest.raises(ValueError, match=r"not the parameters.*layernorm.bias"):
         encoder.write(found, tower.config, tmp_path / "again")
@@ -395,7 +399,7 @@ def source(split: str = "train") -> batches.Source:
 
 
 def trainer() -> train.Trainer:
-    return train.Trainer(seed=0, width=64, layers=2, lr=1e-3, muon_lr=2e-3, place_weight=0.2)
+    return train.Trainer(seed=0, width=64, layers=2, lr=1e-3, muon_lr=2e-3, place_weight=0.2, patch_weight=0.5)
 
 
 def test_a_batch_says_what_its_questions_say() -> None:
@@ -405,7 +409,7 @@ def test_a_batch_says_what_its_questions_say() -> None:
     tokenizer = vocabulary.build_tokenizer()
     shown = 0
     for b, (index, epoch) in enumerate(source().at(i) for i in range(4)):
-        for q, question in enumerate(source().ask(index, epoch)):
+        for q, question in enumerate(source().ask(data.example("train", index, ASSETS)[0], index, epoch)):
             labels = batch.labels[b, q]
             assert tokenizer.decode(labels[labels >= 0]) == f"{question.answer} <eos>"
             assert int(batch.labels[b, q, batch.last[b, q]]) == vocabulary.EOS
@@ -416,6 +420,11 @@ def test_a_batch_says_what_its_questions_say() -> None:
                 assert question.text.split()[word].startswith(token) or token in ("s", "es")
                 assert int(batch.place[b, q, j, 0]) == min(15, x * 16 // 224)
             shown += 1
+        under = batch.patches[b].tolist()
+        scene = data.example("train", index, ASSETS)[0]
+        if isinstance(scene, photos.Photo):
+            for thing in scene.things:
+                assert under[thing.y // 14 * 16 + thing.x // 14] == vocabulary.VOCABULARY[thing.word]
     assert shown == int((batch.kind >= 0).sum()) > 8
     first, second = ([source().at(i)[0] for i in range(s, s + PICTURES)] for s in (0, PICTURES))
     assert sorted(first) == sorted(second) == list(range(PICTURES))
@@ -444,7 +453,7 @@ def test_training_leaves_a_checkpoint_that_says_the_same_in_the_stock_model(tmp_
     train.run(student, (given, source("validation")), normal, tmp_path, steps=4, **settings)
     assert (tmp_path / "curve.csv").read_text().startswith("phase,step,images")
     torch.manual_seed(1)
-    tower = Dinov2Model(encoder.build_config()).eval()
+    tower = Dinov2Model(encoder.build_config(photos.SIZE)).eval()
     for block in tower.encoder.layer:  # or every picture is like every other
         block.layer_scale1.lambda1.data.fill_(0.3)
     loaded, processor = model.load(tmp_path / "checkpoint", tower)
@@ -462,7 +471,7 @@ def test_training_leaves_a_checkpoint_that_says_the_same_in_the_stock_model(tmp_
         raw = torch.cat([states[layer][:, 1:] for layer in model.FEATURE_LAYERS], -1)
         logits = loaded(**inputs).logits[:, -1]
         texts = [questions.TextQuestion(q.prompt.removeprefix("<image> "), q.answer, q.type) for q in some_questions]
-        batch = batches.pack(raw, [[t] for t in texts], np.random.default_rng(0))
+        batch = batches.pack(raw, [[t] for t in texts], np.zeros((4, 256), np.int64), np.random.default_rng(0))
         params = fast.parameters_in(loaded, torch.float32)
         ours, labelled, _ = losses.answer_logits(loaded, params, batch)
         first = [int(row) for row in (labelled.flatten(1).cumsum(1) == 1).int().argmax(1)]
