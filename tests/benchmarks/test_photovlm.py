@@ -10,6 +10,7 @@ import functools
 import itertools
 import re
 import struct
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 photovlm = pytest.importorskip("vtc_photovlm")
 from vtc_photovlm import (  # noqa: E402
@@ -31,6 +33,7 @@ from vtc_photovlm import (  # noqa: E402
     encoder,
     evaluate,
     features,
+    legible,
     losses,
     model,
     photos,
@@ -44,6 +47,7 @@ from vtc_photovlm import (  # noqa: E402
 from vtc_tinyvlm import fast  # noqa: E402
 
 HERE = Path(photovlm.__file__).parent
+sys.path.append(str(Path(__file__).parents[2]))  # benchmarks/accuracy.py is no part of the installed package
 
 
 class Standins:
@@ -387,6 +391,20 @@ def test_a_qt_archive_is_read(tmp_path: Path) -> None:
         list(rcc.files(tmp_path / "y.rcc"))
 
 
+def test_digits_are_read_out_of_features_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legible, "shipped_assets", lambda: ASSETS)
+    _, digits = legible.page(catalogue.FONTS["train"], np.random.default_rng(0))
+    assert len(digits) > 20
+    assert all(0 <= patch < 256 and 13 <= size < 33 for _, patch, size in digits)
+    torch.manual_seed(0)
+    known = torch.randint(10, (600,))
+    told = nn.functional.one_hot(known, 12).float() * 5 + torch.randn(600, 12) + 3
+    for kind in ("patch", "around"):
+        net = legible.read_out(kind, told)
+        legible.fit(net, told, known, 5e-2)
+        assert (net(told).argmax(-1) == known).float().mean() > 0.95
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 PICTURES = 8
@@ -502,3 +520,34 @@ def test_a_feature_cache_is_gone_on_with_and_another_refused(tmp_path: Path, mon
     assert np.array_equal(longer.open(), at_once.open())
     with pytest.raises(ValueError, match="remove it or name another folder"):
         features.Store(tmp_path / "a", "validation", 5).done()
+
+
+def test_the_accuracy_table_has_the_types_of_this_model() -> None:
+    from benchmarks import accuracy
+
+    assert accuracy.MODELS["photovlm"] == "vtc_photovlm"
+    found = data.split_questions(20, "validation", assets=ASSETS)
+    cell = accuracy.Cell(
+        "divprune", 0.25, "original", 64.0, 64.0, 1, 1.0, evaluate.score([q.answer for q in found], found)
+    )
+    rows = [
+        {"model": "photovlm", "split": "validation", "device": "cpu"} | r
+        for r in accuracy.rows_of(cell, found, questions.TYPES)
+    ]
+    assert [row["type"] for row in rows] == [accuracy.HEADLINE, *questions.TYPES]
+    shown = accuracy.markdown(rows, "command", questions.TYPES)
+    assert "| " + " | ".join(t for t in questions.TYPES if t != "count") + " | count |" in shown
+
+
+def test_it_is_a_task_with_answers_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtc.commands.shared import folder_of
+    from vtc.profiling.tasks import get_task
+
+    task = get_task("photovlm")
+    assert task.max_new_tokens == photovlm.MAX_NEW_TOKENS == 4
+    assert get_task("tinyvlm").max_new_tokens == 3
+    monkeypatch.setattr(photovlm, "whole", lambda: Path("put/together"))
+    assert folder_of("photovlm") == "put/together"
+    assert folder_of("another/model") == "another/model"
+    question = data.split_questions(6, "validation", assets=ASSETS)[5]
+    assert task.scores([question.answer, question.answer[:2]], [question, question]) == [1.0, 0.0]
