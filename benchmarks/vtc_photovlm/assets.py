@@ -29,7 +29,7 @@ class Assets:
             Unavailable: its package cannot be had.
         """
         file = STAMPS.fetched() / "usr/share/tuxpaint/stamps" / f"{path}.png"
-        image = Image.open(file).convert("RGBA")
+        image: Image.Image = Image.open(file).convert("RGBA")
         image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox())
         image.thumbnail((CUTOUT_SIDE, CUTOUT_SIDE), Image.Resampling.LANCZOS)
         return image
@@ -43,7 +43,7 @@ class Assets:
         """
         package, _, rest = path.partition("/")
         if package == "gcompris":
-            image = Image.open(io.BytesIO(_gcompris(rest.split("/")[2])[path]))
+            image: Image.Image = Image.open(io.BytesIO(_gcompris(rest.split("/")[2])[path]))
         elif package == "opencv":
             image = Image.open(OPENCV.fetched() / "usr/share/doc/opencv-doc/examples" / rest)
         else:

@@ -6,8 +6,9 @@ line or of the other object's, names where a class stands there once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -54,7 +55,9 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _ask(text: str, answer: str, kind: str, held: bool = False, **at: tuple[int, int]) -> TextQuestion:
+def _ask(
+    text: str, answer: str, kind: str, held: bool = False, at: Mapping[str, tuple[int, int]] = MappingProxyType({})
+) -> TextQuestion:
     """``at`` says where words of the text stand in the picture."""
     words = text.split()
     return TextQuestion(text, answer, kind, held, tuple((words.index(word), x, y) for word, (x, y) in at.items()))
@@ -75,7 +78,7 @@ def exist(scene: Photo, rng: np.random.Generator) -> TextQuestion:
         word = str(rng.choice(there))
         seen = [t for t in scene.things if t.word == word]
         at = {word: (seen[0].x, seen[0].y)} if len(seen) == 1 else {}
-        return _ask(f"is there {article(word)} {word} ?", "yes", "exist", all(t.held for t in seen), **at)
+        return _ask(f"is there {article(word)} {word} ?", "yes", "exist", all(t.held for t in seen), at)
     absent = [w for w in CLASSES if w not in there]
     if rng.random() < 0.5:
         group = CLASSES[str(rng.choice(there))].group
@@ -103,7 +106,7 @@ def corner(x: int, y: int) -> str | None:
 def where(scene: Photo) -> list[TextQuestion]:
     """The corner of each object that stands there once."""
     return [
-        _ask(f"in which corner is the {t.word} ?", found, "where", t.held, **{str(t.word): (t.x, t.y)})
+        _ask(f"in which corner is the {t.word} ?", found, "where", t.held, {str(t.word): (t.x, t.y)})
         for t in _unique(scene)
         if (found := corner(t.x, t.y)) is not None
     ]
@@ -120,10 +123,10 @@ def rel(scene: Photo) -> list[TextQuestion]:
             at = {str(a.word): (a.x, a.y), str(b.word): (b.x, b.y)}
             if abs(a.x - b.x) >= APART:
                 side = "left" if a.x < b.x else "right"
-                found.append(_ask(f"is the {a.word} left or right of the {b.word} ?", side, "rel", held, **at))
+                found.append(_ask(f"is the {a.word} left or right of the {b.word} ?", side, "rel", held, at))
             if abs(a.y - b.y) >= APART:
                 side = "above" if a.y < b.y else "below"
-                found.append(_ask(f"is the {a.word} above or below the {b.word} ?", side, "rel", held, **at))
+                found.append(_ask(f"is the {a.word} above or below the {b.word} ?", side, "rel", held, at))
     return found
 
 
@@ -133,20 +136,20 @@ def leftmost(scene: Photo) -> list[TextQuestion]:
     first = ordered[0]
     if first.word is None or (len(ordered) > 1 and ordered[1].x - first.x < APART):
         return []
-    return [_ask("what is farthest left ?", first.word, "leftmost", first.held, left=(first.x, first.y))]
+    return [_ask("what is farthest left ?", first.word, "leftmost", first.held, {"left": (first.x, first.y)})]
 
 
 def sign(scene: Photo) -> list[TextQuestion]:
     """The number on the sign, if there is one."""
     if scene.sign is None:
         return []
-    return [_ask("what number is on the sign ?", scene.sign.number, "sign", sign=(scene.sign.x, scene.sign.y))]
+    return [_ask("what number is on the sign ?", scene.sign.number, "sign", at={"sign": (scene.sign.x, scene.sign.y)})]
 
 
 def field(scene: Document) -> list[TextQuestion]:
     """The value of each key."""
     return [
-        _ask(f"what is the {line.key} ?", line.value, "field", **{line.key: (line.value_x, line.y)})
+        _ask(f"what is the {line.key} ?", line.value, "field", at={line.key: (line.value_x, line.y)})
         for line in scene.lines
     ]
 
@@ -156,15 +159,15 @@ def value(scene: Chart) -> list[TextQuestion]:
     found = []
     for bar in scene.bars:
         at = (bar.x, max(0, bar.top - scene.size // 2))
-        found.append(_ask(f"what is the value of {bar.month} ?", str(bar.value), "value", **{bar.month: at}))
-        found.append(_ask(f"what is the value of the {bar.color} bar ?", str(bar.value), "value", **{bar.color: at}))
+        found.append(_ask(f"what is the value of {bar.month} ?", str(bar.value), "value", at={bar.month: at}))
+        found.append(_ask(f"what is the value of the {bar.color} bar ?", str(bar.value), "value", at={bar.color: at}))
     return found
 
 
 def color(scene: Chart) -> list[TextQuestion]:
     """The colour of each month's bar."""
     return [
-        _ask(f"what color is the bar of {bar.month} ?", bar.color, "color", **{bar.month: (bar.x, scene.base - 6)})
+        _ask(f"what color is the bar of {bar.month} ?", bar.color, "color", at={bar.month: (bar.x, scene.base - 6)})
         for bar in scene.bars
     ]
 
@@ -173,7 +176,7 @@ def highest(scene: Chart) -> list[TextQuestion]:
     """Which month has the highest and which the lowest bar."""
     bars = sorted(scene.bars, key=lambda bar: bar.value)
     return [
-        _ask(f"which month is {word} ?", bar.month, "highest", **{word: (bar.x, (bar.top + scene.base) // 2)})
+        _ask(f"which month is {word} ?", bar.month, "highest", at={word: (bar.x, (bar.top + scene.base) // 2)})
         for word, bar in (("lowest", bars[0]), ("highest", bars[-1]))
     ]
 

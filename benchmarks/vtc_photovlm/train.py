@@ -40,7 +40,8 @@ class Trainer(loop.Trainer):
         unused = Dinov2Config(hidden_size=encoder.WIDTH, num_hidden_layers=1, image_size=14, patch_size=14, mlp_ratio=1)
         model = assemble(build_config(width, layers, unused))
         heads = losses.Heads(width)
-        matrices, rest = [], list(heads.parameters())
+        matrices: list[nn.Parameter] = []
+        rest = list(heads.parameters())
         for name, p in model.named_parameters():
             if name.startswith(TOWER):
                 p.requires_grad_(False)
@@ -141,7 +142,7 @@ def main(
     decay: Annotated[float, typer.Option(help="Share of the steps in which the rate falls, at the end.")] = 0.3,
     lr: float = 1.5e-3,
     muon_lr: float = 3e-3,
-    place_weight: Annotated[float, typer.Option(help="Of the loss for where named things stand.")] = 0.2,
+    place_weight: Annotated[float, typer.Option(help="Of the loss for where named things stand.")] = 0.5,
     patch_weight: Annotated[float, typer.Option(help="Of the loss for what stands under each patch.")] = 0.5,
     evaluate_every: Annotated[float, typer.Option(help="Minutes between evaluations.")] = 6.0,
     validation: Annotated[int, typer.Option(help="Pictures of an evaluation.")] = 400,
