@@ -20,10 +20,10 @@ NOTHING = 0.1
 
 
 class Heads(nn.Module):
-    """Read-outs for training only, from states inside the LM.
+    """Read-outs for training only, from states after half of the layers.
 
-    patch: the word for what stands under a visual token, after a third of the layers.
-    place: column and row of what a word of the question names, after two thirds.
+    patch: the word for what stands under a visual token.
+    place: column and row of what a word of the question names.
     """
 
     def __init__(self, width: int) -> None:
@@ -59,13 +59,13 @@ def loss(
     image_states: list[Tensor] = []
     logits, labelled, states = answer_logits(model, params, batch, barred, image_states)
     answer = F.cross_entropy(logits, batch.labels[labelled])
-    early, late = (max(0, len(states) * third // 3 - 1) for third in (1, 2))
-    words = torch.stack([at(states[late], batch.named[..., i]) for i in range(NAMED)], 2)
+    half = len(states) // 2 - 1  # naming patches after a third of the layers was learnt later, not sooner: README.md
+    words = torch.stack([at(states[half], batch.named[..., i]) for i in range(NAMED)], 2)
     known = batch.place[..., 0] != IGNORE
     guess = heads.place(words[known].float()).unflatten(-1, (2, CELLS))
     place = F.cross_entropy(guess.flatten(0, 1), batch.place[known].flatten()) if known.any() else answer * 0
     close = ((guess.argmax(-1) - batch.place[known]).abs() <= 1).all(-1)
-    seen = heads.patch(image_states[early][:, 1:].float()).flatten(0, 1)
+    seen = heads.patch(image_states[half][:, 1:].float()).flatten(0, 1)
     weight = torch.ones(seen.shape[-1])
     weight[0] = NOTHING
     patch = F.cross_entropy(seen, batch.patches.flatten(), weight)

@@ -142,7 +142,7 @@ def main(
     decay: Annotated[float, typer.Option(help="Share of the steps in which the rate falls, at the end.")] = 0.3,
     lr: float = 1.5e-3,
     muon_lr: float = 3e-3,
-    place_weight: Annotated[float, typer.Option(help="Of the loss for where named things stand.")] = 0.5,
+    place_weight: Annotated[float, typer.Option(help="Of the loss for where named things stand.")] = 0.2,
     patch_weight: Annotated[float, typer.Option(help="Of the loss for what stands under each patch.")] = 0.5,
     evaluate_every: Annotated[float, typer.Option(help="Minutes between evaluations.")] = 6.0,
     validation: Annotated[int, typer.Option(help="Pictures of an evaluation.")] = 400,
