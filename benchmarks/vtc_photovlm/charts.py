@@ -22,7 +22,7 @@ COLORS = {
     "gray": (128, 128, 128),
     "brown": (122, 78, 40),
 }
-SIZES = (22, 26)
+SIZES = (24, 28)
 """Font of a chart; months are written a little smaller where they must."""
 GAP = 8
 """Least difference of the highest and the lowest value from all others."""

@@ -19,7 +19,7 @@ WORDS = (
     "paris", "rome", "oslo", "lima", "cairo", "delhi", "tokyo", "quito", "berlin", "madrid", "dublin", "london",
     "open", "paid", "late", "full", "north", "south", "east", "west", "small", "large", "new", "old",
 )  # fmt: skip
-SIZES = (24, 30)
+SIZES = (26, 31)
 """Font of a document; smaller where a line would not fit."""
 
 

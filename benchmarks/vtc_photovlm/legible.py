@@ -108,7 +108,7 @@ def main(
     wanted = tuple(sorted({int(n) for each in layers.split(",") for n in each.split("+")}))
     parts = [
         examples(tower, FONTS[split], count, wanted, rng)
-        for split, count in (("train", pages), ("train", pages // 5), ("evaluation", pages // 5))
+        for split, count in (("train", pages), ("train", pages // 5), ("validation", pages // 5))
     ]
     heads = [f"{a}-{b - 1} px" for a, b in SIZES]
     typer.echo(f"| read-out | layers | fonts | {' | '.join(heads)} |\n{'| --- ' * (3 + len(heads))}|")

@@ -22,7 +22,7 @@ SIDES = (48, 92)
 """Longest side of an object, from and to."""
 OVERLAP = 0.08
 """Share of the smaller box that two boxes may have in common."""
-SIGN_SIZES = (26, 34)
+SIGN_SIZES = (28, 36)
 """Font of a sign."""
 
 
