@@ -294,7 +294,7 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
             "canyondeChelly castillodeSanMarcos castleClinton fortSumter georgeWashingtonBirthplace lincolnMemorial "
             "mountRushmore navajo",
         ),
-        *_under(f"{_SORTED}/renewable", "dam3 solar2 windmill12"),
+        *_under(f"{_SORTED}/renewable", "dam3 windmill12"),
     ),
     "evaluation": (
         *_under(f"{_MONUMENTS}/wonders", "colosseum greatWallofChina machuPicchu petra"),
