@@ -62,6 +62,7 @@ ONLY_NEWEST = (
 """Tests that no release of transformers can change: they see tensors and files, never a model. Once is enough."""
 ONLY_ENDS = (
     "benchmarks/test_tinyvlm*.py",
+    "benchmarks/test_photovlm.py",
     "commands/test_*.py",
     "integrations/test_*.py",
     "profiling/test_*.py",

@@ -1,4 +1,4 @@
-"""Answer accuracy under compression: `python benchmarks/accuracy.py [--model tinyvlm-next | tinyvlm-mqt]`.
+"""Answer accuracy under compression: `python benchmarks/accuracy.py [--model tinyvlm-next | tinyvlm-mqt | photovlm]`.
 
 Every registered method that the model can run, and the combinations in `CONFIGURATIONS`. With `--resume` cells that the
 CSV has are kept, whatever commit they are of (each row names its own), and only the others are run.
@@ -22,7 +22,7 @@ import csv
 import importlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,12 @@ from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type
 HEADLINE = "mean_without_count"
 UNPRUNED, ORIGINAL = "none", "original"
 
-MODELS = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next", "tinyvlm-mqt": "vtc_tinyvlm.mqt_model"}
+MODELS = {
+    "tinyvlm": "vtc_tinyvlm",
+    "tinyvlm-next": "vtc_tinyvlm_next",
+    "tinyvlm-mqt": "vtc_tinyvlm.mqt_model",
+    "photovlm": "vtc_photovlm",
+}
 
 # What a registered name and a keep cannot say; keep -> method. A chain's two parts drop the same share, so that `keep`
 # is what is left at the end.
@@ -93,7 +98,7 @@ class Cell:
 
 
 def answer_all(
-    model: Any, inputs: list[dict[str, Any]], processor: Any, patch: Any
+    model: Any, inputs: list[dict[str, Any]], processor: Any, patch: Any, max_new_tokens: int = 3
 ) -> tuple[list[str], tuple[float, float]]:
     """Generated texts of all prepared batches under a patch, and visual tokens per image: in the last layer, and
     averaged over layers.
@@ -102,7 +107,7 @@ def answer_all(
     last = average = 0.0
     with patch as handle:
         for batch in inputs:
-            texts += generate(model, processor, batch)
+            texts += generate(model, processor, batch, max_new_tokens)
             if handle is not None:
                 layers = handle.report().tokens_per_layer
             else:
@@ -141,9 +146,9 @@ def able(model: Any, keep: float, positions: str) -> list[str]:
     return found
 
 
-def rows_of(cell: Cell, questions: list[Question]) -> list[dict[str, Any]]:
+def rows_of(cell: Cell, questions: list[Question], types: Sequence[str] = TYPES) -> list[dict[str, Any]]:
     """The headline row and one row per question type."""
-    rows = type_rows(cell.scores, questions)
+    rows = type_rows(cell.scores, questions, types)
     parts = [r for r in rows if r["type"] != "count"]
     head: dict[str, Any] = {"type": HEADLINE, "questions": sum(r["questions"] for r in parts)}
     for name in SCORES:
@@ -180,11 +185,11 @@ def finished(rows: list[dict[str, Any]], questions: int) -> set[tuple[str, Keep,
     return {cell for cell, number in asked.items() if number == questions}
 
 
-def markdown(rows: list[dict[str, Any]], command: str) -> str:
+def markdown(rows: list[dict[str, Any]], command: str, types: Sequence[str] = TYPES) -> str:
     """The accuracy table: answer-word accuracy per type, headline and exact-match headline."""
     first = rows[0]
-    per_type = next(r["questions"] for r in rows if r["type"] == TYPES[0])
-    order = [t for t in TYPES if t != "count"]
+    per_type = next(r["questions"] for r in rows if r["type"] == types[0])
+    order = [t for t in types if t != "count"]
     lines = [
         f"# Accuracy under compression, {first['model']}",
         "",
@@ -216,8 +221,10 @@ def package_of(model: str) -> tuple[ModuleType, Any, Any]:
     if model in MODELS:
         package = importlib.import_module(MODELS[model])
         return package, *package.load()
-    kind = AutoConfig.from_pretrained(model).model_type
-    named = {"llava_next": "tinyvlm-next", "llava_mqt": "tinyvlm-mqt"}.get(kind, "tinyvlm")
+    config = AutoConfig.from_pretrained(model)
+    named = {"llava_next": "tinyvlm-next", "llava_mqt": "tinyvlm-mqt"}.get(config.model_type, "tinyvlm")
+    if config.model_type == "llava" and config.vision_config.model_type == "dinov2":
+        named = "photovlm"
     package = importlib.import_module(MODELS[named])
     return package, *package.load(model)
 
@@ -225,7 +232,9 @@ def package_of(model: str) -> tuple[ModuleType, Any, Any]:
 def main(
     model: Annotated[
         str,
-        typer.Option(help="tinyvlm, tinyvlm-next, tinyvlm-mqt, or a directory of the same make as one of them."),
+        typer.Option(
+            help="tinyvlm, tinyvlm-next, tinyvlm-mqt, photovlm, or a directory of the same make as one of them."
+        ),
     ] = "tinyvlm",
     methods: Annotated[
         str, typer.Option(help="Registered names or names in CONFIGURATIONS; default: all that the model can run.")
@@ -239,7 +248,7 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that the CSV has.")] = False,
     split: Annotated[str, typer.Option(help="validation while anything is still being decided.")] = "evaluation",
     out: Annotated[
-        Path | None, typer.Option(help="Default: benchmarks/results/accuracy_tinyvlm.csv, or .._tinyvlm_next.csv.")
+        Path | None, typer.Option(help="Default: benchmarks/results/accuracy_tinyvlm.csv, or that of the other model.")
     ] = None,
 ) -> None:
     """Measure every cell, print the table, write the CSV and its Markdown rendering."""
@@ -250,7 +259,7 @@ def main(
     out = out or Path(f"benchmarks/results/accuracy_{named.replace('-', '_')}.csv")
     command = "python benchmarks/accuracy.py" + ("" if model == "tinyvlm" else f" --model {model}")
     command += f" --methods {methods} --keep {keep} --positions {positions}" if methods else ""
-    asked = package.split_questions(questions, split)
+    asked, limit = package.split_questions(questions, split), getattr(package, "MAX_NEW_TOKENS", 3)
     rows = read_rows(out) if resume else []
     have = finished(rows, len(asked))
     plan: list[tuple[str, Keep, str]] = []
@@ -268,16 +277,18 @@ def main(
         runs, began = (seeds if name == "random" else 1), time.time()
         totals = {score_name: [0.0] * len(asked) for score_name in SCORES}
         for seed in range(runs):
-            texts, (kept, layer_average) = answer_all(vlm, inputs, processor, apply(vlm, name, share, seed, kind))
+            texts, (kept, layer_average) = answer_all(
+                vlm, inputs, processor, apply(vlm, name, share, seed, kind), limit
+            )
             for key, values in score(texts, asked).items():
                 totals[key] = [total + value / runs for total, value in zip(totals[key], values, strict=True)]
             bar.update()
         cell = Cell(name, share, kind, kept, layer_average, runs, (time.time() - began) / runs, totals)
-        rows += [{"model": model, "split": split} | row | source for row in rows_of(cell, asked)]
+        rows += [{"model": model, "split": split} | row | source for row in rows_of(cell, asked, package.TYPES)]
         write_csv(rows, out)  # after every cell: an interrupted run leaves what it has
-        out.with_suffix(".md").write_text(markdown(rows, command))
+        out.with_suffix(".md").write_text(markdown(rows, command, package.TYPES))
     bar.close()
-    typer.echo(markdown(rows, command))
+    typer.echo(markdown(rows, command, package.TYPES))
 
 
 if __name__ == "__main__":

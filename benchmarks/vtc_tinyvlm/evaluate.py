@@ -17,7 +17,7 @@ import typer
 from vtc.profiling.intervals import wilson
 from vtc.profiling.provenance import provenance
 
-from .data import Question, split_questions
+from .data import split_questions
 from .model import CHECKPOINT, load
 from .questions import TYPES
 from .scoring import is_correct, is_exact
@@ -25,7 +25,7 @@ from .scoring import is_correct, is_exact
 SCORES = {"answer": is_correct, "exact": is_exact}
 
 
-def prepare(asked: Sequence[Question], processor: Any, size: int = 64) -> list[dict[str, Any]]:
+def prepare(asked: Sequence[Any], processor: Any, size: int = 64) -> list[dict[str, Any]]:
     """Processor outputs in batches."""
     chunks = [asked[i : i + size] for i in range(0, len(asked), size)]
     return [
@@ -34,16 +34,16 @@ def prepare(asked: Sequence[Question], processor: Any, size: int = 64) -> list[d
     ]
 
 
-def generate(model: Any, processor: Any, batch: dict[str, Any]) -> list[str]:
+def generate(model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: int = 3) -> list[str]:
     """Greedy answers of one prepared batch, without special tokens."""
     import torch
 
     with torch.inference_mode():
-        out = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def score(texts: Iterable[str], asked: Sequence[Question]) -> dict[str, list[float]]:
+def score(texts: Iterable[str], asked: Sequence[Any]) -> dict[str, list[float]]:
     """Per question 1 or 0: is the answer word right, and does the model also stop after it?"""
     texts = list(texts)
     return {
@@ -52,10 +52,12 @@ def score(texts: Iterable[str], asked: Sequence[Question]) -> dict[str, list[flo
     }
 
 
-def type_rows(scores: dict[str, list[float]], asked: Sequence[Question]) -> list[dict[str, Any]]:
+def type_rows(
+    scores: dict[str, list[float]], asked: Sequence[Any], types: Sequence[str] = TYPES
+) -> list[dict[str, Any]]:
     """One row per question type: count, both scores, 95 % Wilson intervals."""
     rows = []
-    for kind in TYPES:
+    for kind in types:
         index = [i for i, q in enumerate(asked) if q.type == kind]
         row: dict[str, Any] = {"type": kind, "questions": len(index)}
         for name, values in scores.items():

@@ -75,11 +75,18 @@ def read_out(
 
 def bar_answer_row(batch: Batch, dtype: torch.dtype) -> Tensor:
     """`batch.hidden` as a score mask [B, Q * T, 145] that touches only the rows of answer tokens."""
-    size, count, tokens = batch.hidden.shape
-    barred = torch.zeros(size, count, batch.questions.shape[-1], tokens + 1, dtype=dtype)
+    return bar_row(batch.hidden, batch.length, batch.questions.shape[-1], dtype)
+
+
+def bar_row(hidden: Tensor, row: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """What one row [B, Q] of each question of so many tokens may not see, bool [B, Q, n], as a score mask
+    [B, Q * length, n + 1].
+    """
+    size, count, tokens = hidden.shape
+    barred = torch.zeros(size, count, length, tokens + 1, dtype=dtype)
     rows = torch.zeros(size, count, tokens + 1, dtype=dtype)
-    rows[..., 1:].masked_fill_(batch.hidden, float("-inf"))
-    barred.scatter_(2, batch.length[..., None, None].expand(-1, -1, 1, tokens + 1), rows[:, :, None])
+    rows[..., 1:].masked_fill_(hidden, float("-inf"))
+    barred.scatter_(2, row[..., None, None].expand(-1, -1, 1, tokens + 1), rows[:, :, None])
     return barred.flatten(1, 2)
 
 

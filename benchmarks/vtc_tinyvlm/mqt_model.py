@@ -10,8 +10,9 @@ from vtc.modules import LlavaMqtConfig, LlavaMqtForConditionalGeneration, load_m
 from . import model as plain
 from .data import SPLITS, Question, evaluation_questions, split_questions
 from .model import SIZE
+from .questions import TYPES
 
-__all__ = ["CHECKPOINT", "SPLITS", "Question", "evaluation_questions", "load", "split_questions"]
+__all__ = ["CHECKPOINT", "SPLITS", "TYPES", "Question", "evaluation_questions", "load", "split_questions"]
 
 CHECKPOINT = Path(__file__).parent / "checkpoint_mqt"
 QUERIES, HEADS = 36, 4

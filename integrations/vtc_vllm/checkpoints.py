@@ -46,6 +46,8 @@ def write(folder: Path, model: str = "tinyvlm") -> None:
 
     if model not in SHIPPED:
         raise ValueError(f"model={shown(model)} is none of the shipped ones: {', '.join(SHIPPED)}")
+    if model == "photovlm":
+        raise ValueError("photovlm is not served: vLLM's LLaVA knows no DINOv2 tower")
     to_hub_layout(importlib.import_module(SHIPPED[model]).CHECKPOINT, folder)
     write_chat_template(folder)
 

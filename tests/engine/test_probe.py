@@ -32,6 +32,7 @@ from vtc.methods import ModelFacts, Reduction, Stage, register_method
 from vtc.models import resolve
 from vtc.places import Layer
 from vtc.signals import Rows
+from vtc.signals.cls import cls_row
 from vtc.tokens import VisualTokens
 
 NOPE = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 512}
@@ -453,6 +454,35 @@ def test_the_cls_row_of_a_dinov2_tower() -> None:
     eager.set_attn_implementation("eager")
     maps = eager(batch["pixel_values"], output_attentions=True).attentions[-1]
     assert picked == maps.mean(1)[:, 0, 1:].argmax(-1).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [-1, [1, -1]], ids=["last", "two"])
+def test_methods_that_read_cls_run_on_a_dinov2_tower(layers: int | list[int]) -> None:
+    """What FasterVLM keeps is what eager attention of the last layer but one ranks highest."""
+    vision = tf.Dinov2Config(**zoo_models._tower(), mlp_ratio=2)
+    sizes = {"image_token_index": zoo_models.IMAGE, "image_seq_length": 16, "vision_feature_layer": layers}
+    config = tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(**zoo_models._text()), **sizes)
+    model, batch = zoo_models._finish(tf.LlavaForConditionalGeneration, config), make_batch("llava")
+    tower = model.model.vision_tower
+    for parameter in tower.parameters():  # or attention is even
+        parameter.data = torch.randn_like(parameter) * 0.3
+    if not hasattr(tower.encoder.layer[-1].attention, "q_proj"):  # 5.17
+        with pytest.raises(ValueError, match="needs 'cls'"):
+            vtc.patch(model, "fastervlm", keep=5)
+        return
+    heard: list[Tensor] = []
+    hook = tower.encoder.layer[-2].attention.register_forward_hook(lambda module, args, _: heard.append(args[0]))
+    with vtc.patch(model, "fastervlm", keep=5) as patch:
+        model(**batch)
+        kept = torch.stack([row for images in patch.last_keep for row in images])
+    hook.remove()
+    eager = copy.deepcopy(tower)
+    eager.set_attn_implementation("eager")
+    rows = eager(batch["pixel_values"], output_attentions=True).attentions[-2].mean(1)[:, 0, 1:]
+    torch.testing.assert_close(cls_row(tower.encoder.layer[-2].attention, heard[0]), rows)
+    assert rows.std(-1).min() > 1e-3
+    assert torch.equal(kept, rows.topk(5).indices.sort().values)
 
 
 def test_a_tower_whose_row_differs_is_refused() -> None:

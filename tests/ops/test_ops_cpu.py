@@ -51,7 +51,7 @@ def data(kind: str, n: int, d: int, seed: int = 0) -> Tensor:
 @contextmanager
 def by(way: Any, panel: int = 256, chunk: int = 256) -> Iterator[None]:
     """Have picks made in one way: one of the functions of `recursion`, or `None`, the recursion itself."""
-    chosen = mock.patch.object(recursion, "_branching", return_value=way)
+    chosen = recursion.unbranched() if way is None else mock.patch.object(recursion, "_branching", return_value=way)
     with chosen, mock.patch.object(cpu, "PANEL", panel), mock.patch.object(cpu, "CHUNK", chunk):
         yield
 

@@ -224,7 +224,7 @@ def test_methods_are_calibrated_and_baselines_are_not(exam):
 def test_tasks(monkeypatch):
     monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
     tasks.register_task("captions", lambda: Task("captions", lambda n: [], None))
-    assert tasks.list_tasks() == ["captions", "tinyvlm", "tinyvlm-next"]
+    assert tasks.list_tasks() == ["captions", "photovlm", "tinyvlm", "tinyvlm-next"]
     with pytest.raises(ValueError, match="exists already"):
         tasks.register_task("captions", lambda: None)
     for command in ("sweep", "tune"):

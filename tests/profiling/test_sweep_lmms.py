@@ -353,7 +353,10 @@ def test_vtc_sweep_takes_a_task_of_lmms_eval(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--task", "gqa"), "known: tinyvlm, tinyvlm-next; with lmms-eval its tasks are known, too: pip install"),
+        (
+            ("--task", "gqa"),
+            "known: photovlm, tinyvlm, tinyvlm-next; with lmms-eval its tasks are known, too: pip install",
+        ),
         (("--task", "tinyvl"), "did you mean 'tinyvlm'"),
         (("--include-path", "tasks"), "--include-path tasks is for tasks of lmms-eval, and 'tinyvlm' is vtc's own"),
     ],

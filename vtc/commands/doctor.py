@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vtc.commands.shared import (
-    SHIPPED,
     Device,
     KeepText,
     MethodName,
@@ -17,6 +15,7 @@ from vtc.commands.shared import (
     Positions,
     build_config,
     clear_errors,
+    folder_of,
     numbers_table,
     pick_device,
 )
@@ -39,8 +38,8 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A checkpoint: a local folder, a name on the hub, tinyvlm or tinyvlm-next. Without one: the shipped "
-            "model and a tiny random model of every family."
+            help="A checkpoint: a local folder, a name on the hub, tinyvlm, tinyvlm-next or photovlm. Without one: the "
+            "shipped model and a tiny random model of every family."
         ),
     ] = None,
     method: MethodName = "divprune",
@@ -83,7 +82,7 @@ def doctor(
         if model is None:
             patients = checking.tour(place)
         else:
-            name = str(importlib.import_module(SHIPPED[model]).CHECKPOINT) if model in SHIPPED else model
+            name = folder_of(model)
             patients = [checking.checkpoint(name, place, dtype, shown=model)]
     findings = []
     with Console(stderr=True).status("verifying ...") as status:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def estimate(
     model: Annotated[
         str,
-        typer.Argument(help="A folder, a config.json, a name on the hub, tinyvlm or tinyvlm-next."),
+        typer.Argument(help="A folder, a config.json, a name on the hub, tinyvlm, tinyvlm-next or photovlm."),
     ],
     image: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the picture, in pixels.")] = "1024x1024",
     frames: Annotated[int | None, typer.Option(help="A video of so many such frames.")] = None,

@@ -35,7 +35,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def profile(
     model: Annotated[
-        str | None, typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm or tinyvlm-next.")
+        str | None,
+        typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm, tinyvlm-next or photovlm."),
     ] = None,
     random_weights: Annotated[
         str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -34,7 +35,7 @@ Calibration = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: a GPU where there is one.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves them alone.")]
 
-SHIPPED = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next"}
+SHIPPED = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next", "photovlm": "vtc_photovlm"}
 """Models that come with vtc, by name: the package that has each."""
 
 TRACEBACK: ContextVar[bool] = ContextVar("vtc_traceback", default=False)
@@ -54,6 +55,18 @@ def clear_errors() -> Iterator[None]:
             message += "; pip install 'visual-token-compression[demo]' brings what the commands need"
         typer.echo(f"vtc: {message}", err=True)
         raise typer.Exit(2) from None
+
+
+def folder_of(model: str) -> str:
+    """The checkpoint's folder of a model that comes with vtc (photovlm is put together first); another name as it is.
+
+    Raises:
+        OSError: parts of it cannot be had.
+    """
+    if model not in SHIPPED:
+        return model
+    package = importlib.import_module(SHIPPED[model])
+    return str(package.whole() if hasattr(package, "whole") else package.CHECKPOINT)
 
 
 def parse_keep(text: str) -> float | int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vtc.commands.shared import (
-    SHIPPED,
     Calibration,
     Device,
     KeepText,
@@ -18,6 +16,7 @@ from vtc.commands.shared import (
     Positions,
     build_config,
     clear_errors,
+    folder_of,
     pick_device,
 )
 from vtc.files import replacing, write_text
@@ -29,7 +28,7 @@ PICTURES, ANIMATIONS, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".gif",), (".
 def show(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     model: Annotated[
-        str, typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm or tinyvlm-next.")
+        str, typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm, tinyvlm-next or photovlm.")
     ] = "tinyvlm",
     method: MethodName = "divprune",
     keep: KeepText = "0.25",
@@ -68,7 +67,7 @@ def show(
         if out.suffix.lower() in PAGES:
             import_jinja()  # or a missing one would be noticed when all is computed
 
-        name = str(importlib.import_module(SHIPPED[model]).CHECKPOINT) if model in SHIPPED else model
+        name = folder_of(model)
         checkpoint = Checkpoint.load(name, device=pick_device(device), dtype=dtype)
         inputs = checkpoint.encode(picture, question)
         with patch(checkpoint.model, config) as handle:

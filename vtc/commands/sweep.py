@@ -32,11 +32,15 @@ if TYPE_CHECKING:
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(help="tinyvlm, tinyvlm-next, or a checkpoint that can do the task; default: the task's own model."),
+    typer.Argument(
+        help="tinyvlm, tinyvlm-next, photovlm, or a checkpoint that can do the task; default: the task's own model."
+    ),
 ]
 TaskName = Annotated[
     str | None,
-    typer.Option(help="tinyvlm, tinyvlm-next, or a task of lmms-eval by its name there; default: the model's own."),
+    typer.Option(
+        help="tinyvlm, tinyvlm-next, photovlm, or a task of lmms-eval by its name there; default: the model's own."
+    ),
 ]
 IncludePath = Annotated[Path | None, typer.Option(help="A folder with lmms-eval tasks of your own.")]
 

@@ -293,10 +293,7 @@ class LayerStages:
     def _later_mask(
         self, index: int, running: Call, slots: SlotMap, cache: Any, hidden: Tensor, masked: bool
     ) -> Tensor | None:
-        """For new columns [B, M, d], which the layers in front have a mask for or not.
-
-        A single token that sees every key needs none.
-        """
+        """For new columns [B, M, d], for which the first layer has a mask or not: none for one that sees every key."""
         config = self.parts.decoder.config
         length = physical_length(cache, index) + hidden.shape[1]
         padding = slots.physical_mask(running.logical, length)

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +42,19 @@ FILTERED_SUM = (1 / 8, 1024)  # share picked, and width, up to which sums are fi
 MOST = 1.0  # of a cosine, where distances are weighted: one below 0 would favour what weighs least
 _PADDING = -1e30  # the base of a padding row: below every token, above what is picked already
 _LONE = -2.0  # the similarity of a token to its nearest neighbour when it has none
+
+
+_PLAIN: ContextVar[bool] = ContextVar("vtc_plain_recursion", default=False)
+
+
+@contextmanager
+def unbranched() -> Iterator[None]:
+    """The recursion itself for a while (in this thread), as on other devices, even where another way is faster."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
 
 
 def first_max(score: Tensor) -> Tensor:
@@ -153,7 +168,7 @@ def _branching(job: Job) -> Callable[[Job], Tensor] | None:
     """What makes the picks of one image by branching on values, where it may and pays: eager tensors on a CPU."""
     b, n, d = job.x.shape
     on_host = job.x.device.type == "cpu" and job.x.numel() > 0 and not torch.compiler.is_compiling()
-    if not on_host or not cpu.exact_float32():
+    if not on_host or _PLAIN.get() or not cpu.exact_float32():
         return None
     if n >= LAZY_TOKENS and job.k <= n * LAZY_SHARE and not job.running_sum:
         return _lazy_picks

@@ -136,6 +136,7 @@ def _shipped(name: str, package: str) -> Callable[[], Task]:
             model=name,
             # how many tokens of an object remain changes the count, though no object was lost
             apart=frozenset({"count"}),
+            max_new_tokens=getattr(home, "MAX_NEW_TOKENS", 3),
         )
 
     return make
@@ -143,3 +144,4 @@ def _shipped(name: str, package: str) -> Callable[[], Task]:
 
 register_task("tinyvlm", _shipped("tinyvlm", "vtc_tinyvlm"))
 register_task("tinyvlm-next", _shipped("tinyvlm-next", "vtc_tinyvlm_next"))
+register_task("photovlm", _shipped("photovlm", "vtc_photovlm"))
