@@ -2,8 +2,8 @@
 
 A DeiT-S-shaped model (22 M parameters, 12 blocks of 197 rows) with random weights, which do for time and FLOPs, and for
 nothing else. Each method gets the `keep` that saves the share of FLOPs which Zero-TPrune's paper reports for DeiT-S,
-34.7 %, what choosing costs included. Then all run in turns, and pictures a second are compared: by CPU time of all threads,
-which other work on the machine disturbs least.
+34.7 %, what choosing costs included. Then all run in turns, and pictures a second are compared, by the CPU time of all
+threads, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
