@@ -228,7 +228,8 @@ def case(job: Job) -> Case | None:
         room, by = min(40, step["ROWS"] * step["PARTS"]), (("rows", step["ROWS"]), ("blocks", step["PARTS"]))
     if like.resident or job.all_pairs:
         by += (("tile", f"{gram['ROWS']} x {gram['COLUMNS']} x {gram['DEPTH']}"),)
-    terms = [name.lower() for name, there in mode.items() if there] + ["start"] * (job.start is not None)
+    given = (("start", job.start), ("importance", job.importance), ("weights", job.weights))
+    terms = [name for name, there in given if there is not None] + ["sum"] * job.running_sum
     facts = (
         ("dtype", dtype), ("width", f"<= {span}"), ("aligned", aligned), ("even", even),
         ("by", "matrix" if like.resident else "rows"), ("with", "+".join(terms) or "nothing"), *by,
