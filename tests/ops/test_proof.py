@@ -245,11 +245,23 @@ def test_a_trial_is_the_same_whatever_the_caller_set(name: str, trials: list[str
     assert list(proof._VERDICTS.values()) == [""]
 
 
-def test_picks_do_not_depend_on_the_default_dtype() -> None:
+def test_a_trial_sees_no_mode_of_the_callers() -> None:
+    def seen(x: Tensor) -> Tensor:
+        modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        return torch.tensor([*modes, x.is_inference(), torch.zeros(1).device.type != "cpu"])
+
+    case = proof.Case("modes", (), lambda device: (torch.zeros(1),), seen)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        outcome = proof.examine(case, lambda x: torch.zeros(5, dtype=torch.bool), CPU)
+    assert outcome.reason == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_picks_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
     job = greedy_job(40, 8, 40)[0]
     expected = recursion._picks(job)
     try:
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         assert torch.equal(recursion._picks(job), expected)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -526,6 +538,82 @@ def test_a_trial_runs_what_its_call_is_compiled_for() -> None:
             assert gather_kernel.case(launch, index).facts == case.facts
         kinds.add(case.kernel)
     assert kinds == set(USES)
+
+
+KERNELS = {
+    greedy_kernel: ("begin", "digits", "gram", "loop", "isolated", "step"),
+    rows: ("normalisers", "weights", "mean"),
+    transition: ("change", "share"),
+    gather_kernel: ("gather",),
+}
+
+
+def launched(call: Callable[[], Any]) -> set[Any]:
+    """The variants that a call has Triton compile: kernel, constants, and of each argument what the compiler knows."""
+    found = set()
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return self.launch
+
+        def launch(self, *arguments: Any, **constants: Any) -> None:
+            known = [
+                (str(a.dtype), a.data_ptr() % 16 == 0)
+                if isinstance(a, Tensor)
+                else a
+                if isinstance(a, tuple)
+                else type(a)
+                for a in arguments
+            ]
+            found.add((self.name, tuple(known), tuple(sorted(constants.items()))))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in KERNELS.items():
+            for name in names:
+                patch.setattr(module, name, Recorder(name))
+        call()
+    return found
+
+
+def wide(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+LAUNCHES: dict[str, Callable[[], Any]] = {
+    "577": lambda: ops.farthest_first(wide(577, 896), 64),
+    "2880, mmr": lambda: ops.max_marginal_relevance(wide(2880, 1024), wide(2880, dtype=torch.float32), 320),
+    "8 x 577, sum": lambda: ops.max_sum(wide(8, 577, 64), 300, 0),
+    "16384": lambda: ops.farthest_first(wide(16384, 64), 3),
+    "9000 odd": lambda: ops.farthest_first(wide(9000, 17)[:, :16], 3, 0, weights=wide(9000, dtype=torch.float32)),
+    "few picks": lambda: ops.farthest_first(wide(640, 20, dtype=torch.float64), 2, 0),
+    "small": lambda: ops.farthest_first(wide(2, 4, dtype=torch.float16), 2, 0),
+    "7 heads a key": lambda: scores.row_attention(wide(1, 28, 64, 128), wide(1, 4, 900, 128), 0.1, cap=5.0),
+    "one row": lambda: scores.row_attention(
+        wide(2, 8, 1, 96), wide(2, 8, 50, 96), 0.1, mask=torch.ones(2, 50, dtype=torch.bool), window=9
+    ),
+    "cut heads": lambda: scores.row_attention(wide(2, 8, 3, 97)[..., 1:], wide(2, 8, 50, 96), 0.1),
+    "mixed": lambda: ops.transition_variation(wide(1, 8, 3584), wide(1, 8, 3584, dtype=torch.float32)),
+    "cut in the middle": lambda: ops.transition_variation(wide(1, 9, 17)[..., 1:], wide(1, 9, 17)[..., :16]),
+    "odd scores": lambda: ops.transition_variation(wide(1, 9, 5), wide(1, 9, 5), absolute=True),
+    "stage": lambda: gather.gather_columns([wide(1, 50, 896), wide(1, 50, dtype=torch.long)], INDEX),
+    "keys": lambda: gather.gather_columns([wide(1, 2, 50, 128)] * 5, INDEX, 2),
+    "cut": lambda: gather.gather_columns([wide(1, 50, 9)[..., 1:]], INDEX),
+}
+INDEX = torch.zeros(1, 7, dtype=torch.long)
+
+
+@pytest.mark.parametrize("call", LAUNCHES.values(), ids=LAUNCHES)
+def test_a_trial_launches_the_variants_of_its_call(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[proof.Case] = []
+    for module in (greedy, gather, scores):
+        monkeypatch.setattr(module, "proved", lambda device, describe, reference: found.append(describe()) or True)
+    wanted = launched(call)
+    assert wanted
+    tried = set().union(*(launched(lambda case=case: case.run(*case.arguments(CPU))) for case in found))
+    assert tried >= wanted
 
 
 @pytest.mark.parametrize(("aligned", "even"), list(itertools.product((True, False), repeat=2)))

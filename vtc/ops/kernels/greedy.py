@@ -215,7 +215,7 @@ def case(job: Job) -> Case | None:
     """
     if not fits(job):
         return None
-    x, like, mode = job.x, way(job), _mode(job)
+    x, like = job.x, way(job)
     dtype, whole = x.dtype if x.dtype in FLOATS else torch.float32, x.dtype in FLOATS and x.stride(-1) == 1
     aligned, even = _aligned(x) if whole else x.shape[-1] % 16 == 0, is_even(x) or not whole
     span = triton.next_power_of_2(x.shape[-1])
@@ -234,25 +234,33 @@ def case(job: Job) -> Case | None:
         ("dtype", dtype), ("width", f"<= {span}"), ("aligned", aligned), ("even", even),
         ("by", "matrix" if like.resident else "rows"), ("with", "+".join(terms) or "nothing"), *by,
     )  # fmt: skip
-    width = min(max(span - 16, span // 2 + 16) if span > 32 else max(span, 16), WIDEST // 16 * 16)
-    width = width if aligned else max(min(span, width + 16) - 1, min(span, 2))
+    made = functools.partial(_few_tokens, job, room, dtype, _width(span, aligned), aligned, even)
+    return Case("greedy picks", facts, made, functools.partial(picks, like=like))
 
-    def arguments(device: torch.device) -> tuple[Job]:
-        cpu = torch.device("cpu")
-        rows = noise(0, 2, room, width, dtype=torch.float32, device=cpu)
-        rows[:, 7], rows[:, 9], rows[:, 11] = rows[:, 2], 0.0, float("nan")
-        mask = torch.ones(2, room, dtype=torch.bool, device=cpu)
-        mask[0, 3], mask[1, room - 5 :] = False, False
-        start = None if job.start is None else torch.tensor([room // 2, room - 1], device=device)
-        claim = (noise(1, 2, room, dtype=torch.float32, device=cpu).sigmoid() * 8).round() / 8  # some are alike
-        importance = None if job.importance is None else claim.to(device)
-        weights = None if job.weights is None else claim.masked_fill(~mask, 0.0).to(device)
-        some = laid_out(rows.to(dtype), device, aligned, even)
-        return (
-            Job(some, room, mask.to(device), start, importance, 0.3 * mode["WEIGHTED"], mode["SUM"], weights),
-        )  # fmt: skip
 
-    return Case("greedy picks", facts, arguments, functools.partial(picks, like=like))
+def _width(span: int, aligned: bool) -> int:
+    """Of the widths up to a power of two and above half of it, one with a rest behind its last whole block."""
+    widest = min(span, WIDEST)
+    if not aligned:
+        return widest - 1 if widest > 2 else widest
+    return widest // 16 * 16 - 16 if widest > 32 else max(widest, 16)
+
+
+def _few_tokens(
+    job: Job, n: int, dtype: torch.dtype, width: int, aligned: bool, even: bool, device: torch.device
+) -> tuple[Job]:
+    """A job of two images of n >= 16 tokens, in the mode of ``job``."""
+    cpu = torch.device("cpu")
+    rows = noise(0, 2, n, width, dtype=torch.float32, device=cpu)
+    rows[:, 7], rows[:, 9], rows[:, 11] = rows[:, 2], 0.0, float("nan")
+    mask = torch.ones(2, n, dtype=torch.bool, device=cpu)
+    mask[0, 3], mask[1, n - 5 :] = False, False
+    claim = (noise(1, 2, n, dtype=torch.float32, device=cpu).sigmoid() * 8).round() / 8  # some are alike
+    start = None if job.start is None else torch.tensor([n // 2, n - 1], device=device)  # the second is padding
+    importance = None if job.importance is None else claim.to(device)
+    weights = None if job.weights is None else claim.masked_fill(~mask, 0.0).to(device)
+    x, balance = laid_out(rows.to(dtype), device, aligned, even), 0.0 if importance is None else 0.3
+    return (Job(x, n, mask.to(device), start, importance, balance, job.running_sum, weights),)
 
 
 def _constants(

@@ -37,6 +37,6 @@ def laid_out(x: Tensor, device: torch.device, aligned: bool, even: bool) -> Tens
     return wide.to(device)[..., offset : offset + last]
 
 
-def is_even(*tensors: Tensor) -> bool:
-    """Whether tensors begin at multiples of 16 bytes, by which Triton tells variants apart."""
-    return all(x.data_ptr() % 16 == 0 for x in tensors)
+def is_even(x: Tensor) -> bool:
+    """Whether a tensor begins at a multiple of 16 bytes, by which Triton tells variants apart."""
+    return x.data_ptr() % 16 == 0

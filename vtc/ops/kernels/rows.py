@@ -258,7 +258,8 @@ def case(
     (_, heads, steps, dh), (_, groups, length) = query.shape, key.shape[:3]
     if not query.numel() or not length:
         return None
-    share, unit, even, dtype = heads // groups, _unit(query, key), is_even(query, key), query.dtype
+    share, unit, dtype = heads // groups, _unit(query, key), query.dtype
+    even = is_even(query), is_even(key)
     tile = _tiles(dtype, dh, share * steps, unit)[0]["ROWS"]
     few = min(steps, -(-(tile + 1) // share))  # rows that fill such a tile, and begin another if the call's do
     given = tuple(x is not None for x in (position, counted, mask, allowed, window, cap))
@@ -266,7 +267,7 @@ def case(
     told = "+".join(name for name, there in zip(names, given, strict=True) if there) or "nothing"
     facts = (
         ("dtype", dtype), ("width", dh), ("heads", f"{groups} x {share}"), ("rows at a time", tile), ("unit", unit),
-        ("even", even), ("with", told),
+        ("even query", even[0]), ("even keys", even[1]), ("with", told),
     )  # fmt: skip
 
     def arguments(device: torch.device) -> tuple[Any, ...]:
@@ -285,7 +286,7 @@ def case(
             q = q.masked_fill(~some[:, None, :, None], float("nan"))
         if mask is not None:
             k = k.masked_fill(~real[:, None, :, None], float("nan"))
-        q, k = (laid_out(x.to(dtype), device, unit == 16, even) for x in (q, k))
+        q, k = (laid_out(x.to(dtype), device, unit == 16, begins) for x, begins in zip((q, k), even, strict=True))
         every = (at.to(device), some.to(device), real.to(device), free.to(device), KEYS_TRIED // 2, 3.0)
         return q, k, dh**-0.5, *(x if there else None for x, there in zip(every, given, strict=True))
 

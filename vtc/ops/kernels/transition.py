@@ -98,13 +98,14 @@ def case(before: Tensor, after: Tensor, mask: Tensor | None, absolute: bool) -> 
     """What the launches are compiled for, and two samples that try it: a row of zeros, padding that is NaN."""
     if not before.numel():
         return None
-    d, dtypes, even = before.shape[-1], (before.dtype, after.dtype), is_even(before, after)
+    d, dtypes, even = before.shape[-1], (before.dtype, after.dtype), (is_even(before), is_even(after))
     aligned = all(stride % 16 == 0 for x in (before, after) for stride in x.stride()[:2])
     whole = before.shape[:2].numel() % 4 == 0  # where in 16 bytes the second of the two scores in memory begins
     length = 20 if whole else 19
     facts = (
         ("before", dtypes[0]), ("after", dtypes[1]), ("width", d), ("mask", mask is not None),
-        ("absolute", absolute), ("aligned", aligned), ("even", even), ("even scores", whole),
+        ("absolute", absolute), ("aligned", aligned), ("even before", even[0]),
+        ("even after", even[1]), ("even scores", whole),
     )  # fmt: skip
 
     def arguments(device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, bool]:
@@ -114,7 +115,8 @@ def case(before: Tensor, after: Tensor, mask: Tensor | None, absolute: bool) -> 
         a[:, 5] = 0.0
         if mask is not None:
             a, b = (x.masked_fill(~real[..., None], float("nan")) for x in (a, b))
-        a, b = (laid_out(x.to(dtype), device, aligned, even) for x, dtype in zip((a, b), dtypes, strict=True))
+        kinds = zip((a, b), dtypes, even, strict=True)
+        a, b = (laid_out(x.to(dtype), device, aligned, begins) for x, dtype, begins in kinds)
         return a, b, None if mask is None else real.to(device), absolute
 
     return Case("transition scores", facts, arguments, transition_variation, TOLERANCE)
