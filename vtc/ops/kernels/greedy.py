@@ -32,7 +32,7 @@ from torch import Tensor
 
 from vtc.ops import recursion
 from vtc.ops.backend import launching
-from vtc.ops.kernels.layout import is_even, laid_out, noise
+from vtc.ops.kernels.layout import few_tokens, is_even
 from vtc.ops.kernels.recursion import (
     CHUNK,
     PAD_TOKENS,
@@ -234,7 +234,7 @@ def case(job: Job) -> Case | None:
         ("dtype", dtype), ("width", f"<= {span}"), ("aligned", aligned), ("even", even),
         ("by", "matrix" if like.resident else "rows"), ("with", "+".join(terms) or "nothing"), *by,
     )  # fmt: skip
-    made = functools.partial(_few_tokens, job, room, dtype, _width(span, aligned), aligned, even)
+    made = functools.partial(few_tokens, job, room, dtype, _width(span, aligned), aligned, even)
     return Case("greedy picks", facts, made, functools.partial(picks, like=like))
 
 
@@ -244,23 +244,6 @@ def _width(span: int, aligned: bool) -> int:
     if not aligned:
         return widest - 1 if widest > 2 else widest
     return widest // 16 * 16 - 16 if widest > 32 else max(widest, 16)
-
-
-def _few_tokens(
-    job: Job, n: int, dtype: torch.dtype, width: int, aligned: bool, even: bool, device: torch.device
-) -> tuple[Job]:
-    """A job of two images of n >= 16 tokens, in the mode of ``job``."""
-    cpu = torch.device("cpu")
-    rows = noise(0, 2, n, width, dtype=torch.float32, device=cpu)
-    rows[:, 7], rows[:, 9], rows[:, 11] = rows[:, 2], 0.0, float("nan")
-    mask = torch.ones(2, n, dtype=torch.bool, device=cpu)
-    mask[0, 3], mask[1, n - 5 :] = False, False
-    claim = (noise(1, 2, n, dtype=torch.float32, device=cpu).sigmoid() * 8).round() / 8  # some are alike
-    start = None if job.start is None else torch.tensor([n // 2, n - 1], device=device)  # the second is padding
-    importance = None if job.importance is None else claim.to(device)
-    weights = None if job.weights is None else claim.masked_fill(~mask, 0.0).to(device)
-    x, balance = laid_out(rows.to(dtype), device, aligned, even), 0.0 if importance is None else 0.3
-    return (Job(x, n, mask.to(device), start, importance, balance, job.running_sum, weights),)
 
 
 def _constants(

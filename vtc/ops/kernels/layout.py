@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.recursion import Job
+
 
 def noise(
     seed: int, *shape: int, dtype: torch.dtype, device: torch.device, aligned: bool = True, even: bool = True
@@ -40,3 +42,20 @@ def laid_out(x: Tensor, device: torch.device, aligned: bool, even: bool) -> Tens
 def is_even(x: Tensor) -> bool:
     """Whether a tensor begins at a multiple of 16 bytes, by which Triton tells variants apart."""
     return x.data_ptr() % 16 == 0
+
+
+def few_tokens(
+    job: Job, n: int, dtype: torch.dtype, width: int, aligned: bool, even: bool, device: torch.device
+) -> tuple[Job]:
+    """A job for the greedy kernels in the mode of ``job``: two images of n >= 16 tokens [2, n, width], all picked."""
+    cpu = torch.device("cpu")
+    rows = noise(0, 2, n, width, dtype=torch.float32, device=cpu)
+    rows[:, 7], rows[:, 9], rows[:, 11] = rows[:, 2], 0.0, float("nan")
+    mask = torch.ones(2, n, dtype=torch.bool, device=cpu)
+    mask[0, 3], mask[1, n - 5 :] = False, False
+    claim = (noise(1, 2, n, dtype=torch.float32, device=cpu).sigmoid() * 8).round() / 8  # some are alike
+    start = None if job.start is None else torch.tensor([n // 2, n - 1], device=device)  # the second is padding
+    importance = None if job.importance is None else claim.to(device)
+    weights = None if job.weights is None else claim.masked_fill(~mask, 0.0).to(device)
+    x, balance = laid_out(rows.to(dtype), device, aligned, even), 0.0 if importance is None else 0.3
+    return (Job(x, n, mask.to(device), start, importance, balance, job.running_sum, weights),)
