@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 from zoo import get_model, make_batch
 
 import vtc
-from vtc.checking import doctor
+from vtc.checking import doctor, kernels
 from vtc.cli import app
 from vtc.dialect import masks
 from vtc.dialect.arguments import CACHE
 from vtc.engine.entry import EntryStage
 from vtc.engine.lengths import SlotMap
+from vtc.ops.proof import Outcome
 
 
 def invoke(*arguments: str) -> Any:
@@ -79,6 +80,36 @@ def test_a_fault_ends_in_a_text_to_report(two: None, monkeypatch: pytest.MonkeyP
     assert re.search(r"^llava: model type llava, attention sdpa, largest difference \d\.\de[+-]\d\d$", text, re.M)
     assert "  padded batch, cache: logits differ from pruning by hand by up to" in text
     assert invoke("--json").exit_code == 1
+
+
+def test_without_a_gpu_there_is_nothing_to_prove(two: None) -> None:
+    result = invoke()
+    assert re.search(r"^ *kernels  nothing to prove: torch computes on this device$", result.output, re.M)
+    assert json.loads(invoke("--json").stdout)["kernels"] == []
+
+
+def test_kernels_are_listed_and_a_wrong_one_is_reported(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Outcome("gathers: tensor 0 [float32] 1 x 8", "", 1.25)
+    wrong = Outcome("greedy picks: dtype bfloat16, width <= 4096", "4 of 80 bytes differ from torch's", 0.5)
+    monkeypatch.setattr(kernels, "prove", lambda device: iter([right]))
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^ *kernels  1 of 1 compute what torch computes$", result.output, re.M)
+    assert re.search(r"^ok +1\.2 s  gathers: tensor 0 \[float32\] 1 x 8$", result.output, re.M)
+    monkeypatch.setattr(kernels, "prove", lambda device: iter([right, wrong]))
+    result = invoke()
+    assert result.exit_code == 1
+    assert re.search(r"^ *kernels  1 of 2 FAILED$", result.output, re.M)
+    assert "Not all is right; 2 of 2 models are right" in result.output
+    told = "greedy picks: dtype bfloat16, width <= 4096: 4 of 80 bytes differ from torch's"
+    assert re.search(rf"^FAILED +0\.5 s  {re.escape(told)}$", result.output, re.M)
+    text = result.output.split("paste this into an issue of vtc:")[1]
+    assert "1 of 2 kernels FAILED" in text
+    assert f"  {told}\n" in text
+    assert f"torch: {torch.__version__}" in text
+    found = json.loads(invoke("--json").stdout)
+    assert found["ok"] is False
+    assert found["kernels"][1] == {"name": wrong.name, "reason": wrong.reason, "seconds": 0.5}
 
 
 def test_a_name_that_moved_is_found(two: None, monkeypatch: pytest.MonkeyPatch) -> None:

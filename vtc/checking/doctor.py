@@ -1,11 +1,14 @@
-"""What ``vtc doctor`` examines: this environment, and :func:`vtc.verify` on a checkpoint or a tour of tiny models."""
+"""What ``vtc doctor`` examines: this environment, and :func:`vtc.verify` on a checkpoint or a tour of tiny models.
+
+The proofs of the kernels are in :mod:`vtc.checking.kernels`.
+"""
 
 from __future__ import annotations
 
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ from vtc.checking.result import Verification
 from vtc.checking.verify import one_line, verify
 from vtc.models import UnsupportedModelError, list_models, resolve
 from vtc.ops.backend import backend
+from vtc.ops.proof import Outcome
 from vtc.profiling.provenance import provenance
 
 Verdict = Literal["ok", "FAILED", "upstream", "refused", "absent"]
@@ -167,18 +171,21 @@ def examine(patients: list[Patient], method: Any = "divprune", **options: Any) -
         yield Finding(patient.name, verdict, took, patient.model_type, attention, result, error)
 
 
-def is_right(findings: list[Finding]) -> bool:
-    """Whether something was verified, and nothing failed."""
+def is_right(findings: list[Finding], proofs: Sequence[Outcome] = ()) -> bool:
+    """Whether something was verified, and nothing failed, no kernel either."""
     verdicts = {finding.verdict for finding in findings}
-    return "ok" in verdicts and "FAILED" not in verdicts
+    return "ok" in verdicts and "FAILED" not in verdicts and not any(proof.reason for proof in proofs)
 
 
-def issue(environment: dict[str, str], findings: list[Finding]) -> str:
+def issue(environment: dict[str, str], findings: list[Finding], proofs: Sequence[Outcome] = ()) -> str:
     """What to paste into an issue: versions, and what differs from what it should be; empty where nothing does."""
     wrong = [finding for finding in findings if finding.verdict == "FAILED"]
-    if not wrong:
+    untrue = [proof for proof in proofs if proof.reason]
+    if not wrong and not untrue:
         return ""
     lines = [f"vtc doctor: {len(wrong)} of {len(findings)} models FAILED"]
+    lines += [f"{len(untrue)} of {len(proofs)} kernels FAILED"] if untrue else []
+    lines += [f"  {proof.name}: {proof.reason}" for proof in untrue]
     lines += [f"{name}: {value}" for name, value in environment.items()]
     for finding in wrong:
         largest = None if finding.verification is None else finding.verification.difference

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vtc.checking.doctor import Finding
+    from vtc.ops.proof import Outcome
 
 VERDICTS = {
     "ok": "[green]ok[/]",
@@ -58,11 +59,13 @@ def doctor(
     the unpatched model's own decoder is given the columns that stay. Logits must agree within the rounding of the
     dtype, and greedy tokens where the best of them leads by more than that.
 
+    On a GPU every Triton kernel is compared with torch first, in the usual dtypes and widths; each is listed.
+
     Verdicts: ok; FAILED, with a text for an issue; upstream: the unpruned model of this transformers departs from
     itself in the same way, so it is not vtc's fault; refused: the method is not for this model, or has stages inside
     the language model, which are not verified.
 
-    Exit code: 0 if something was verified and nothing FAILED, else 1; 2 if it could not begin.
+    Exit code: 0 if something was verified and nothing FAILED, no kernel either, else 1; 2 if it could not begin.
     """
     from rich.console import Console
 
@@ -71,6 +74,7 @@ def doctor(
         from transformers.utils import logging
 
         from vtc.checking import doctor as checking
+        from vtc.checking import kernels
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
@@ -84,18 +88,23 @@ def doctor(
         else:
             name = folder_of(model)
             patients = [checking.checkpoint(name, place, dtype, shown=model)]
-    findings = []
+    findings, proofs = [], []
     with Console(stderr=True).status("verifying ...") as status:
+        for proof in kernels.prove(place):
+            proofs.append(proof)
+            status.update(f"verifying ... {len(proofs)} kernels")
         for finding in checking.examine(patients, config):
             findings.append(finding)
             status.update(f"verifying ... {len(findings)} of {len(patients)} models")
-    good = checking.is_right(findings)
-    report = checking.issue(around, findings)
+    good = checking.is_right(findings, proofs)
+    report = checking.issue(around, findings, proofs)
     if as_json:
         found = [finding.as_dict() for finding in findings]
-        typer.echo(json.dumps({"ok": good, "environment": around, "findings": found, "issue": report}, indent=2))
+        tried = [vars(proof) for proof in proofs]
+        told = {"ok": good, "environment": around, "kernels": tried, "findings": found, "issue": report}
+        typer.echo(json.dumps(told, indent=2))
     else:
-        _print(console, around, findings, good)
+        _print(console, around, proofs, findings, good)
         if report:
             console.print("\nTo report it, paste this into an issue of vtc:\n", style="bold")
             console.print(report, markup=False, highlight=False, soft_wrap=True)
@@ -103,9 +112,17 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _print(console: Console, around: dict[str, str], findings: list[Finding], good: bool) -> None:
-    for name, value in around.items():
+def _print(
+    console: Console, around: dict[str, str], proofs: list[Outcome], findings: list[Finding], good: bool
+) -> None:
+    for name, value in (around | {"kernels": _kernels(proofs)}).items():
         console.print(f"{name:>21}  {value}", markup=False, highlight=False, soft_wrap=True)
+    for proof in proofs:
+        verdict = VERDICTS["FAILED" if proof.reason else "ok"]
+        console.print(f"{verdict} ", f"{proof.seconds:5.1f} s  ", end="", highlight=False)
+        console.print(
+            proof.name + (proof.reason and f": {proof.reason}"), markup=False, highlight=False, soft_wrap=True
+        )
     table = numbers_table(None, "model", "attention", "difference", "tolerance", "tokens", "verdict")
     for finding in findings:
         table.add_row(*_row(finding))
@@ -117,6 +134,15 @@ def _print(console: Console, around: dict[str, str], findings: list[Finding], go
             for fault in finding.faults:
                 console.print(f"{finding.name}: {fault}", markup=False, highlight=False, soft_wrap=True)
     console.print(_summary(findings, good), highlight=False)
+
+
+def _kernels(proofs: list[Outcome]) -> str:
+    if not proofs:
+        return "nothing to prove: torch computes on this device"
+    wrong = sum(bool(proof.reason) for proof in proofs)
+    return (
+        f"{wrong} of {len(proofs)} FAILED" if wrong else f"{len(proofs)} of {len(proofs)} compute what torch computes"
+    )
 
 
 def _row(finding: Finding) -> tuple[str, ...]:
@@ -140,5 +166,6 @@ def _summary(findings: list[Finding], good: bool) -> str:
         parts.append(f"{counts['refused']} that this method is not for")
     if count := counts["absent"]:
         parts.append(f"{count} {'family is' if count == 1 else 'families are'} not in this transformers")
-    told = "[green]Pruning is right on this machine[/]: " if good else f"[bold red]{counts['FAILED']} FAILED[/]; "
+    failed = f"{counts['FAILED']} FAILED" if counts["FAILED"] else "Not all is right"
+    told = "[green]Pruning is right on this machine[/]: " if good else f"[bold red]{failed}[/]; "
     return told + "; ".join(parts)

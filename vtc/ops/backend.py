@@ -1,8 +1,10 @@
 """Which implementation of an op runs: the torch reference or the Triton kernel. One rule, one environment variable.
 
-Tensors on a GPU (CUDA or ROCm) go to the kernels where Triton can be imported, all others to torch.
-``VTC_BACKEND=torch`` or ``VTC_BACKEND=triton`` forces one; a forced backend that cannot run says why. On the CPU the
-kernels run only in Triton's interpreter (``TRITON_INTERPRET=1``): slow, and exactly what the tests need.
+Tensors on a GPU (CUDA or ROCm) go to the kernels where Triton can be imported, and where :mod:`vtc.ops.proof` finds
+them right; all others go to torch. ``VTC_BACKEND=torch`` or ``VTC_BACKEND=triton`` forces one; a forced backend that
+cannot run says why. On the CPU the kernels run only in Triton's interpreter (``TRITON_INTERPRET=1``): slow, and exactly
+what the tests need. Under torch.compile the device's choice is torch: there a kernel cannot prove itself, and what is
+traced must not depend on what ran before.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Literal
 
@@ -44,17 +46,28 @@ def backend(device: torch.device) -> Backend:
     """
     if not torch.compiler.is_compiling() and _PLAIN.get():
         return "torch"
-    forced = os.environ.get(VARIABLE, "")
-    if forced not in ("", "torch", "triton"):
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "torch", "triton"):
         raise ValueError(
-            f"{VARIABLE}={shown(forced)} is neither 'torch' nor 'triton'; unset it to let the device decide"
+            f"{VARIABLE}={shown(asked)} is neither 'torch' nor 'triton'; unset it to let the device decide"
         )
-    if forced == "torch":
+    if asked == "torch":
         return "torch"
-    if forced == "triton":
+    if asked == "triton":
         _require_triton(device)
         return "triton"
-    return "triton" if device.type == "cuda" and not _missing() else "torch"
+    eager_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+    return "triton" if eager_gpu and not _missing() else "torch"
+
+
+def forced() -> bool:
+    """Whether the user insists on the kernels."""
+    return os.environ.get(VARIABLE, "") == "triton"
+
+
+def launching(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on this device, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def interpreted() -> bool:

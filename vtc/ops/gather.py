@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vtc.ops.backend import backend
+from vtc.ops.proof import proved
 
 
 def gather_columns(tensors: Sequence[Tensor], index: Tensor, dims: int | Sequence[int] = 1) -> tuple[Tensor, ...]:
@@ -45,7 +47,14 @@ def gather_columns(tensors: Sequence[Tensor], index: Tensor, dims: int | Sequenc
         from vtc.ops.kernels import gather
 
         if all(gather.fits(tensor, index) for tensor in tensors):
-            return gather.gather_columns(tensors, index, dims)
+            taken = gather.launches(tensors, dims)
+            if all(proved(index.device, partial(gather.case, some, index), gathered) for some in taken):
+                return gather.gather_columns(taken, index)
+    return gathered(tensors, index, dims)
+
+
+def gathered(tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int]) -> tuple[Tensor, ...]:
+    """:func:`gather_columns` in torch, for arguments that have been checked."""
     return tuple(_gather(tensor, index, dim) for tensor, dim in zip(tensors, dims, strict=True))
 
 

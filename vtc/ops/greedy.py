@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vtc.ops import recursion
 from vtc.ops.backend import backend
+from vtc.ops.proof import proved
 from vtc.values import shown
 
 HEAVIEST = 1e30
@@ -148,10 +149,14 @@ def _pick(
         weights = weights.masked_fill(~mask, 0.0)
 
     job = recursion.Job(x, k, mask, start, importance, balance, running_sum, weights)
-    if backend(x.device) == "triton":
+    picks = _made(job)
+    return picks[0] if features.ndim == 2 else picks
+
+
+def _made(job: recursion.Job) -> Tensor:
+    if backend(job.x.device) == "triton":
         from vtc.ops.kernels import greedy as kernels
 
-        picks = kernels.picks(job)
-    else:
-        picks = recursion.picks(job)
-    return picks[0] if features.ndim == 2 else picks
+        if proved(job.x.device, lambda: kernels.case(job), recursion.picks):
+            return kernels.picks(job)
+    return recursion.picks(job)

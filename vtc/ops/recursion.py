@@ -151,7 +151,7 @@ def _terms(job: Job) -> tuple[Tensor, float | Tensor]:
     if job.weights is not None:
         base, weight = job.weights, job.weights
     elif job.importance is None:
-        base = torch.zeros(job.mask.shape, device=job.mask.device)
+        base = torch.zeros(job.mask.shape, dtype=torch.float32, device=job.mask.device)
     else:
         base, weight = job.balance * job.importance, 1.0 - job.balance
     return base.masked_fill(~job.mask, _PADDING), weight
@@ -237,7 +237,7 @@ _Similarity = Callable[[Tensor | slice], Tensor]
 
 def _by_gram(z: Tensor) -> _Similarity:
     b, n, _ = z.shape
-    gram = torch.empty(b, n, n, device=z.device)
+    gram = torch.empty(b, n, n, dtype=torch.float32, device=z.device)
     for s in range(0, n, BLOCK):
         e = min(s + BLOCK, n)
         block = (z[:, s:e] @ z[:, s:].mT).mul_(UNIT**-2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.backend import backend
+from vtc.ops.proof import proved
 
 ROWS = 64  # attention rows computed at a time: memory is O(ROWS x keys) per head
 
@@ -46,7 +47,14 @@ def transition_variation(
     if backend(before.device) == "triton":
         from vtc.ops.kernels import transition
 
-        return transition.transition_variation(before, after, mask, absolute)
+        a, b = transition.operands(before, after)
+        if proved(before.device, lambda: transition.case(a, b, mask, absolute), variation_in_torch):
+            return transition.transition_variation(a, b, mask, absolute)
+    return variation_in_torch(before, after, mask, absolute)
+
+
+def variation_in_torch(before: Tensor, after: Tensor, mask: Tensor | None, absolute: bool) -> Tensor:
+    """:func:`transition_variation` in torch, for arguments that have been checked."""
     a, b = before.float(), after.float()
     norm_a, norm_b = torch.linalg.vector_norm(a, dim=-1), torch.linalg.vector_norm(b, dim=-1)
     sound = torch.isfinite(norm_a + norm_b)
@@ -136,7 +144,27 @@ def row_attention(
     if backend(query.device) == "triton" and not each:
         from vtc.ops.kernels import rows
 
-        return rows.row_attention(query, key, scale, position, counted, mask, allowed, window, cap)
+        q, k = rows.operands(query, key)
+        options = (position, counted, mask, allowed, window, cap)
+        if proved(query.device, lambda: rows.case(q, k, *options), attention_in_torch):
+            return rows.row_attention(q, k, scale, *options)
+    return attention_in_torch(query, key, scale, position, counted, mask, allowed, window, cap, each)
+
+
+def attention_in_torch(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    position: Tensor | None,
+    counted: Tensor | None,
+    mask: Tensor | None,
+    allowed: Tensor | None,
+    window: int | None,
+    cap: float | None,
+    each: bool = False,
+) -> Tensor:
+    """:func:`row_attention` in torch, for arguments that have been checked."""
+    (b, heads, steps, dh), (groups, length) = query.shape, key.shape[1:3]
     if position is None:
         position = torch.arange(length - steps, length, device=query.device).expand(b, -1)
     if counted is None:

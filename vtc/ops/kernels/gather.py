@@ -8,13 +8,17 @@ Values are copied and never computed with, so any dtype goes through bit for bit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtc.ops.backend import launching
+from vtc.ops.kernels.layout import is_even, laid_out
 from vtc.ops.kernels.variant import Variant
+from vtc.ops.proof import Case
 
 SLOTS = 4  # of a launch: what leaves at a layer stage. The host pays for each argument, used or not
 TILE = tl.constexpr(2048)  # values of one program: 16 or more bytes for each of 128 threads
@@ -22,6 +26,7 @@ STRIDES = tuple(f"{axis}{slot}" for slot in range(SLOTS) for axis in "bon")
 LOADABLE = frozenset(
     (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 )
+TRIED = 24  # columns of the small job that tries a launch
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Layout = tuple[int, int, int, int]
 
@@ -84,44 +89,102 @@ def fits(tensor: Tensor, index: Tensor) -> bool:
     return words and tensor.device == index.device and not (tensor.requires_grad and torch.is_grad_enabled())
 
 
-def gather_columns(tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int]) -> tuple[Tensor, ...]:
-    """:func:`vtc.ops.gather.gather_columns`, whose arguments these are, checked."""
-    results: list[Tensor] = []
-    for first in range(0, len(tensors), SLOTS):
-        results += _launch(tensors[first : first + SLOTS], index, dims[first : first + SLOTS])
-    return tuple(results)
+class Slot(NamedTuple):
+    """A tensor as the kernel takes it.
+
+    Attributes:
+        words: the tensor in a dtype that Triton knows: [B, N], [B, N, inner], [B, outer, N] or [B, outer, N, inner].
+        columns: N.
+        strides: of samples, outer indices and columns, in units.
+        layout: its constants.
+        dtype: of the result.
+        before: the result's shape up to the columns that are taken.
+        after: and behind them.
+    """
+
+    words: Tensor
+    columns: int
+    strides: tuple[int, int, int]
+    layout: Layout
+    dtype: torch.dtype
+    before: torch.Size
+    after: torch.Size
 
 
-def _launch(tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int]) -> list[Tensor]:
+def launches(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[list[Slot]]:
+    """The arguments of :func:`vtc.ops.gather.gather_columns`, checked, as the launches take them."""
+    taken = [_slot(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)]
+    return [taken[first : first + SLOTS] for first in range(0, len(taken), SLOTS)]
+
+
+def _slot(tensor: Tensor, dim: int) -> Slot:
+    dtype, before, after = tensor.dtype, tensor.shape[:dim], tensor.shape[dim + 1 :]
+    columns = tensor.shape[dim]
+    if dtype not in LOADABLE:
+        tensor = tensor.view(WORDS[tensor.element_size()])
+    if dim > 2 or tensor.ndim - dim > 2 or (tensor.ndim - dim == 2 and tensor.stride(-1) != 1):
+        tensor, dim = tensor.reshape(before[0], before[1:].numel(), columns, after.numel()), 2
+        tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    outer, o = (shape[1], strides[1]) if dim == 2 else (1, 0)
+    unit = 16 if strides[0] % 16 == o % 16 == strides[dim] % 16 == 0 else 1  # says how rows are aligned
+    layout = _layout(outer, shape[-1] if dim + 1 < len(shape) else 1, unit)
+    return Slot(tensor, columns, (strides[0] // unit, o // unit, strides[dim] // unit), layout, dtype, before, after)
+
+
+def gather_columns(taken: Sequence[Sequence[Slot]], index: Tensor) -> tuple[Tensor, ...]:
+    """The columns ``index`` [B, M] of all slots, launch by launch."""
+    with launching(index.device):
+        return tuple(result for some in taken for result in _launch(some, index))
+
+
+def _launch(some: Sequence[Slot], index: Tensor) -> list[Tensor]:
     batch, kept = index.shape
     results: list[Tensor] = []
-    slots: list[Tensor | int | None] = []
-    layouts: list[Layout] = []
+    arguments: list[Tensor | int] = []
     tiles = 0
-    for tensor, dim in zip(tensors, dims, strict=True):
-        result = tensor.new_empty(*tensor.shape[:dim], kept, *tensor.shape[dim + 1 :])
-        results.append(result)
-        if tensor.dtype not in LOADABLE:
-            word = WORDS[tensor.element_size()]
-            tensor, result = tensor.view(word), result.view(word)
-        if dim > 2 or tensor.ndim - dim > 2 or (tensor.ndim - dim == 2 and tensor.stride(-1) != 1):
-            flat = (batch, tensor.shape[1:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel())
-            tensor, dim = tensor.reshape(flat), 2
-            tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-        shape, strides = tuple(tensor.shape), tensor.stride()
-        outer, o = (shape[1], strides[1]) if dim == 2 else (1, 0)
-        unit = 16 if strides[0] % 16 == o % 16 == strides[dim] % 16 == 0 else 1  # says how rows are aligned
-        layout = _layout(outer, shape[-1] if dim + 1 < len(shape) else 1, unit)
-        layouts.append(layout)
-        slots += (tensor, result, strides[0] // unit, o // unit, strides[dim] // unit)
-        tiles += outer * triton.cdiv(kept, TILE.value // layout[2]) * triton.cdiv(layout[1], layout[2])
-    unused = SLOTS - len(tensors)
+    for slot in some:
+        result = slot.words.new_empty(*slot.before, kept, *slot.after)
+        results.append(result.view(slot.dtype))
+        arguments += (slot.words, result, *slot.strides)
+        outer, inner, columns, _ = slot.layout
+        tiles += outer * triton.cdiv(kept, TILE.value // columns) * triton.cdiv(inner, columns)
+    unused = SLOTS - len(some)
     if tiles and batch:
         gather[tiles, batch](
-            index, *index.stride(), kept, tensors[0].shape[dims[0]],
-            *slots, *(None,) * 5 * unused, *layouts, *(NOTHING,) * unused, num_warps=4,
+            index, *index.stride(), kept, some[0].columns,
+            *arguments, *(None,) * 5 * unused, *(slot.layout for slot in some), *(NOTHING,) * unused, num_warps=4,
         )  # fmt: skip
     return results
+
+
+def case(some: Sequence[Slot], index: Tensor) -> Case | None:
+    """What one launch is compiled for, and two samples of a few columns that try it; columns repeat."""
+    if not index.numel():
+        return None
+    looks = [(slot.words.dtype, *slot.layout, is_even(slot.words)) for slot in some]
+    kept = min(TILE.value // columns for _, _, _, columns, _, _ in looks) + 3  # rows of a tile, and some of another
+
+    def arguments(device: torch.device) -> tuple[list[Tensor], Tensor, list[int]]:
+        generator = torch.Generator("cpu").manual_seed(0)
+        tensors = []
+        for dtype, outer, inner, _, unit, even in looks:
+            size = (2, outer, TRIED, inner, dtype.itemsize)
+            bits = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator, device="cpu")
+            words = bits[..., 0] > 127 if dtype == torch.bool else bits.view(dtype)[..., 0]
+            words = words.masked_fill(words != words, 1)  # torch's gather on the CPU rewrites what a NaN says
+            tensors.append(laid_out(words, device, unit == 16, even))
+        at = torch.randint(0, TRIED, (2, kept), generator=generator, device="cpu")
+        return tensors, at.to(device), [2] * len(tensors)
+
+    def run(tensors: list[Tensor], at: Tensor, dims: list[int]) -> tuple[Tensor, ...]:
+        return gather_columns(launches(tensors, dims), at)
+
+    facts = tuple(
+        (f"tensor {i}", f"{dtype} {outer} x {inner}, {columns} at a time, unit {unit}, {'even' if even else 'odd'}")
+        for i, (dtype, outer, inner, columns, unit, even) in enumerate(looks)
+    )
+    return Case("gathers", facts, arguments, run)
 
 
 def _layout(outer: int, inner: int, unit: int) -> Layout:

@@ -22,15 +22,17 @@ converted to float32.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from vtc.ops import recursion
+from vtc.ops.backend import launching
+from vtc.ops.kernels.layout import few_tokens, is_even
 from vtc.ops.kernels.recursion import (
     CHUNK,
     PAD_TOKENS,
@@ -44,6 +46,7 @@ from vtc.ops.kernels.recursion import (
     step,
 )
 from vtc.ops.kernels.variant import Variant
+from vtc.ops.proof import Case
 from vtc.ops.recursion import Job
 
 GRAM_TOKENS = 8192  # the loop keeps three numbers of each token in registers
@@ -54,15 +57,45 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EXACT = {"enable_fp_fusion": False}  # every product is rounded, as torch rounds it
 
 
-def picks(job: Job) -> Tensor:
-    """:func:`vtc.ops.recursion.picks`, with the same result.
+class Way(NamedTuple):
+    """How the picks are made; beside dtype, width and mode of a job this decides what is compiled.
 
-    Nothing is read back from the device. Rows wider than WIDEST go to the reference, whose float64 has room for them.
+    Attributes:
+        resident: out of the matrix, or pick by pick.
+        images: of one launch.
+        tokens: of an image, by which tiles and blocks are chosen.
     """
-    x, k = job.x, job.k
-    b, n, d = x.shape
-    if d > WIDEST or not d or not b:
+
+    resident: bool
+    images: int
+    tokens: int
+
+
+def way(job: Job) -> Way:
+    """Of a job that :func:`fits`."""
+    b, n, d = job.x.shape
+    resident = n <= GRAM_TOKENS and (job.all_pairs or n <= GRAM_ROWS_PER_PICK * job.k)
+    tokens, width = _padded(n, d)
+    memory = 3 * tokens * width * (resident or job.all_pairs) + 4 * tokens * tokens * resident
+    return Way(resident, min(b, max(1, RESIDENT // max(memory, 1)), GRID), n)
+
+
+def fits(job: Job) -> bool:
+    """Whether the kernels serve: rows wider than WIDEST go to the reference, whose float64 has room for them."""
+    return job.x.numel() > 0 and job.x.shape[-1] <= WIDEST
+
+
+def picks(job: Job, like: Way | None = None) -> Tensor:
+    """:func:`vtc.ops.recursion.picks`, with the same result. Nothing is read back from the device.
+
+    Args:
+        job: that :func:`fits`, or the reference does it.
+        like: the way to go; by default the job's own.
+    """
+    if not fits(job):
         return recursion.picks(job)
+    x, k, like = job.x, job.k, like or way(job)
+    b = len(x)
     x = x if x.dtype in FLOATS else x.float()
     job = dataclasses.replace(
         job,
@@ -72,16 +105,13 @@ def picks(job: Job) -> Tensor:
         importance=None if job.importance is None else job.importance.contiguous(),
         weights=None if job.weights is None else job.weights.contiguous(),
     )
-    resident = n <= GRAM_TOKENS and (job.all_pairs or n <= GRAM_ROWS_PER_PICK * k)
-    tokens, width = _padded(n, d)
-    memory = 3 * tokens * width * (resident or job.all_pairs) + 4 * tokens * tokens * resident
     out = torch.empty(b, k, dtype=torch.long, device=x.device)
     rest = out
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        for part in job.parts(min(max(1, RESIDENT // max(memory, 1)), GRID)):
+    with launching(x.device):
+        for part in job.parts(like.images):
             own, rest = rest[: len(part.x)], rest[len(part.x) :]
-            launches = _Launches(part)
-            launches.with_matrix(own) if resident else launches.without_matrix(own)
+            launches = _Launches(part, like)
+            launches.with_matrix(own) if like.resident else launches.without_matrix(own)
     return out
 
 
@@ -93,15 +123,15 @@ def _padded(n: int, d: int) -> tuple[int, int]:
 class _Launches:
     """Some images, and the numbers that every kernel needs of each of them."""
 
-    def __init__(self, job: Job) -> None:
-        self.x, self.k = job.x, job.k
+    def __init__(self, job: Job, like: Way | None = None) -> None:
+        self.x, self.k, self.like = job.x, job.k, like or way(job)
         self.b, self.n, self.d = job.x.shape
         padded, width = _padded(self.n, self.d)
         self.tiles, self.chunks = padded // PAD_TOKENS.value, width // CHUNK.value
         self.strides = job.x.stride()[:2]
-        self.aligned = all(size % 16 == 0 for size in (self.d, *self.strides))
+        self.aligned = _aligned(job.x)
         self.weight = 1.0 - job.balance
-        self.mode = {"WEIGHTED": job.importance is not None, "EACH": job.weights is not None, "SUM": job.running_sum}
+        self.mode = _mode(job)
         self.length, self.first = self._empty(torch.int32), self._empty(torch.int32)
         self.scale = self._empty(torch.float64, self.n)
         self.base = self._empty(torch.float32, padded)
@@ -121,7 +151,7 @@ class _Launches:
         self._gram(self._planes(), matrix)
         loop[self.b,](
             matrix, self.length, self.base, self.nearest, self.first, out, self.tiles, self.k, self.weight,
-            **self.mode, **_constants("loop", tokens=padded),
+            **self.mode, **_constants("loop", tokens=_padded(self.like.tokens, 0)[0]),
         )  # fmt: skip
 
     def without_matrix(self, out: Tensor) -> None:
@@ -131,7 +161,7 @@ class _Launches:
         else:
             self._gram(self._planes(), None)
             isolated[self.b,](self.base, self.nearest, self.first, self.n, self.tiles, **_constants("isolated"))
-        constants = _constants("step", tokens=self.n)
+        constants = _constants("step", tokens=self.like.tokens)
         blocks = triton.cdiv(self.n, constants["ROWS"])
         state = torch.float64 if self.mode["SUM"] else torch.float32
         penalty = torch.empty(2, *self.base.shape, dtype=state, device=out.device)
@@ -160,12 +190,60 @@ class _Launches:
 
     def _gram(self, planes: Tensor, matrix: Tensor | None) -> None:
         """Fills the matrix, if there is one, and ``nearest``, if that is asked for."""
-        hopper = (
-            planes.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(planes.device)[0] == 9
-        )
-        constants = _constants("gram", tokens=self.n, images=self.b, hopper=hopper)
+        constants = _gram_constants(self.like, planes.device)
         tiles = (self.tiles * PAD_TOKENS.value) ** 2 // (constants["ROWS"] * constants["COLUMNS"])
         gram[tiles, self.b](planes, self.length, self.base, matrix, self.nearest, self.tiles, self.chunks, **constants)
+
+
+def _aligned(x: Tensor) -> bool:
+    return all(size % 16 == 0 for size in (x.shape[-1], *x.stride()[:2]))
+
+
+def _mode(job: Job) -> dict[str, bool]:
+    return {"WEIGHTED": job.importance is not None, "EACH": job.weights is not None, "SUM": job.running_sum}
+
+
+def _gram_constants(like: Way, device: torch.device) -> dict[str, Any]:
+    hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return _constants("gram", tokens=like.tokens, images=like.images, hopper=hopper)
+
+
+def case(job: Job) -> Case | None:
+    """What the launches are compiled for, and two images of a few tokens that try it.
+
+    Among the tokens are twins, one without a direction, one that is NaN and padding; all of them are picked.
+    """
+    if not fits(job):
+        return None
+    x, like = job.x, way(job)
+    dtype, whole = x.dtype if x.dtype in FLOATS else torch.float32, x.dtype in FLOATS and x.stride(-1) == 1
+    aligned, even = _aligned(x) if whole else x.shape[-1] % 16 == 0, is_even(x) or not whole
+    span = triton.next_power_of_2(x.shape[-1])
+    gram = _gram_constants(like, x.device)
+    by: tuple[tuple[str, Any], ...]
+    if like.resident:
+        room, by = 40, (("block", _constants("loop", tokens=_padded(like.tokens, 0)[0])["BLOCK"]),)
+    else:
+        step = _constants("step", tokens=like.tokens)
+        room, by = min(40, step["ROWS"] * step["PARTS"]), (("rows", step["ROWS"]), ("blocks", step["PARTS"]))
+    if like.resident or job.all_pairs:
+        by += (("tile", f"{gram['ROWS']} x {gram['COLUMNS']} x {gram['DEPTH']}"),)
+    given = (("start", job.start), ("importance", job.importance), ("weights", job.weights))
+    terms = [name for name, there in given if there is not None] + ["sum"] * job.running_sum
+    facts = (
+        ("dtype", dtype), ("width", f"<= {span}"), ("aligned", aligned), ("even", even),
+        ("by", "matrix" if like.resident else "rows"), ("with", "+".join(terms) or "nothing"), *by,
+    )  # fmt: skip
+    made = functools.partial(few_tokens, job, room, dtype, _width(span, aligned), aligned, even)
+    return Case("greedy picks", facts, made, functools.partial(picks, like=like))
+
+
+def _width(span: int, aligned: bool) -> int:
+    """Of the widths up to a power of two and above half of it, one with a rest behind its last whole block."""
+    widest = min(span, WIDEST)
+    if not aligned:
+        return widest - 1 if widest > 2 else widest
+    return widest // 16 * 16 - 16 if widest > 32 else max(widest, 16)
 
 
 def _constants(

@@ -11,6 +11,7 @@ bits next to any others. Keys that pad it on the right change nothing either, as
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -19,14 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc.ops.backend import interpreted
+from vtc.ops.backend import interpreted, launching
+from vtc.ops.cpu import exact_float32
+from vtc.ops.kernels.layout import is_even, laid_out, noise
 from vtc.ops.kernels.variant import Variant
+from vtc.ops.proof import Case
 
 CHUNKS = tl.constexpr(16)  # of keys at most: a row's partial normalisers fit in one thread's registers
 CHUNK = 512  # keys at least: six chunks x 32 heads fill a big GPU with the 2944 keys of one picture
 STRIDES = ("query_b", "query_h", "query_t", "key_b", "key_h", "key_l", "allowed_b", "allowed_t")
 INTERPRETED = tl.constexpr(interpreted())
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+TOLERANCE = (3e-5, 1e-7)  # sums of float32 in another order than torch's
+KEYS_TRIED = 100  # of the small job that tries the launches
 
 
 @triton.jit
@@ -152,6 +158,14 @@ def mean(parts, counted, out, groups, steps, length, SHARE: tl.constexpr, HEADS:
     tl.store(out + sample * length + column, total / (rows * groups * SHARE).to(tl.float32), column < length)
 
 
+def operands(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tensors as the kernels take them: of one float type that they know, rows in one piece."""
+    if query.dtype != key.dtype or query.dtype not in FLOATS:
+        query, key = query.float(), key.float()
+    query, key = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (query, key))
+    return query, key
+
+
 def row_attention(
     query: Tensor,
     key: Tensor,
@@ -162,11 +176,12 @@ def row_attention(
     allowed: Tensor | None,
     window: int | None,
     cap: float | None,
+    least: int | None = None,
 ) -> Tensor:
-    """:func:`vtc.ops.scores.row_attention`, whose arguments these are, checked."""
-    if query.dtype != key.dtype or query.dtype not in FLOATS:
-        query, key = query.float(), key.float()
-    query, key = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (query, key))
+    """:func:`vtc.ops.scores.row_attention`, whose arguments these are, checked; the tensors from :func:`operands`.
+
+    ``least`` keys are in a chunk, by default CHUNK; no constant depends on it, so few keys can try more than one.
+    """
     position, counted, mask = (None if x is None else x.contiguous() for x in (position, counted, mask))
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = allowed.contiguous()
@@ -175,30 +190,35 @@ def row_attention(
     if not out.numel() or not steps or not heads:
         return out.zero_()
     share = heads // groups
-    chunk = max(CHUNK, triton.next_power_of_2(triton.cdiv(length, CHUNKS.value)))
+    chunk = max(least or CHUNK, triton.next_power_of_2(triton.cdiv(length, CHUNKS.value)))
     chunks = triton.cdiv(length, chunk)
     peaks = query.new_empty(2, b * heads * steps, CHUNKS.value, dtype=torch.float32)
     parts = query.new_empty(b * groups, length, dtype=torch.float32)
     strides = (*query.stride()[:3], *key.stride()[:3])
-    unit = 1 if any(stride % 16 for stride in strides) else 16
+    unit = _unit(query, key)
     constants, options = _tiles(query.dtype, dh, share * steps, unit)
     strides = (*(stride // unit for stride in strides), *((0, 0) if allowed is None else allowed.stride()[:2]))
     factor = scale * math.log2(math.e) if cap is None else 2.0 * scale / cap
     limit = None if cap is None else cap * math.log2(math.e)
     blocks = (triton.cdiv(share * steps, constants["ROWS"]), chunks, b * groups)
-    normalisers[blocks](
-        query, key, position, mask, allowed, peaks[0], peaks[1], *strides,
-        groups, steps, length, chunk, window, factor, limit, SHARE=share, **constants, **options,
-    )  # fmt: skip
-    weights[triton.cdiv(length, constants["KEYS"]), b * groups](
-        query, key, position, mask, counted, allowed, peaks[0], peaks[1], parts, *strides,
-        groups, steps, length, chunks, window, factor, limit, SHARE=share, **constants, **options,
-    )  # fmt: skip
-    constants, options = _adding(groups)
-    mean[triton.cdiv(length, constants["KEYS"]), b](
-        parts, counted, out, groups, steps, length, SHARE=share, **constants, **options
-    )
+    adding, adding_options = _adding(groups)
+    with launching(query.device):
+        normalisers[blocks](
+            query, key, position, mask, allowed, peaks[0], peaks[1], *strides,
+            groups, steps, length, chunk, window, factor, limit, SHARE=share, **constants, **options,
+        )  # fmt: skip
+        weights[triton.cdiv(length, constants["KEYS"]), b * groups](
+            query, key, position, mask, counted, allowed, peaks[0], peaks[1], parts, *strides,
+            groups, steps, length, chunks, window, factor, limit, SHARE=share, **constants, **options,
+        )  # fmt: skip
+        mean[triton.cdiv(length, adding["KEYS"]), b](
+            parts, counted, out, groups, steps, length, SHARE=share, **adding, **adding_options,
+        )  # fmt: skip
     return out
+
+
+def _unit(query: Tensor, key: Tensor) -> int:
+    return 1 if any(stride % 16 for x in (query, key) for stride in x.stride()[:3]) else 16
 
 
 def _tiles(dtype: torch.dtype, dh: int, rows: int, unit: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -222,6 +242,55 @@ def _adding(groups: int) -> tuple[dict[str, int], dict[str, int]]:
     """Constants and options of the last kernel."""
     heads = triton.next_power_of_2(groups)
     return {"HEADS": heads, "KEYS": max(4096 // heads, 16)}, {"num_warps": 4}
+
+
+def case(
+    query: Tensor,
+    key: Tensor,
+    position: Tensor | None,
+    counted: Tensor | None,
+    mask: Tensor | None,
+    allowed: Tensor | None,
+    window: int | None,
+    cap: float | None,
+) -> Case | None:
+    """What the launches are compiled for, and two samples that try it; what is not to be seen is NaN."""
+    (_, heads, steps, dh), (_, groups, length) = query.shape, key.shape[:3]
+    if not query.numel() or not length:
+        return None
+    share, unit, dtype = heads // groups, _unit(query, key), query.dtype
+    even = is_even(query), is_even(key)
+    tile = _tiles(dtype, dh, share * steps, unit)[0]["ROWS"]
+    few = min(steps, -(-(tile + 1) // share))  # rows that fill such a tile, and begin another if the call's do
+    given = tuple(x is not None for x in (position, counted, mask, allowed, window, cap))
+    names = ("position", "counted", "mask", "allowed", "window", "cap")
+    told = "+".join(name for name, there in zip(names, given, strict=True) if there) or "nothing"
+    facts = (
+        ("dtype", dtype), ("width", dh), ("heads", f"{groups} x {share}"), ("rows at a time", tile), ("unit", unit),
+        ("even query", even[0]), ("even keys", even[1]), ("with", told),
+    )  # fmt: skip
+
+    def arguments(device: torch.device) -> tuple[Any, ...]:
+        random, cpu = torch.Generator("cpu").manual_seed(0), torch.device("cpu")
+
+        def coins(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=random, device=cpu) < 0.7
+
+        q = noise(1, 2, heads, few, dh, dtype=torch.float32, device=cpu)
+        k = noise(2, 2, groups, KEYS_TRIED, dh, dtype=torch.float32, device=cpu)
+        if not exact_float32():  # torch may then cut float32 down to bfloat16: these numbers are the same in both
+            q, k = q.bfloat16().float(), k.bfloat16().float()
+        at = torch.randint(0, KEYS_TRIED, (2, few), generator=random, device=cpu)
+        some, real, free = coins(2, few), coins(2, KEYS_TRIED), coins(2, few, KEYS_TRIED)
+        if counted is not None:
+            q = q.masked_fill(~some[:, None, :, None], float("nan"))
+        if mask is not None:
+            k = k.masked_fill(~real[:, None, :, None], float("nan"))
+        q, k = (laid_out(x.to(dtype), device, unit == 16, begins) for x, begins in zip((q, k), even, strict=True))
+        every = (at.to(device), some.to(device), real.to(device), free.to(device), KEYS_TRIED // 2, 3.0)
+        return q, k, dh**-0.5, *(x if there else None for x, there in zip(every, given, strict=True))
+
+    return Case("attention rows", facts, arguments, functools.partial(row_attention, least=64), TOLERANCE)
 
 
 def _variants(

@@ -14,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtc.ops.backend import launching
+from vtc.ops.kernels.layout import is_even, laid_out, noise
 from vtc.ops.kernels.variant import Variant
+from vtc.ops.proof import Case
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 TOKENS = 1024  # summed at once
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+TOLERANCE = (3e-5, 1e-7)  # sums of float32 in another order than torch's
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -66,22 +70,56 @@ def share(stretch, turn, length, TOKENS: tl.constexpr):
     tl.store(stretch + at, score, there)
 
 
-def transition_variation(before: Tensor, after: Tensor, mask: Tensor | None, absolute: bool) -> Tensor:
-    """:func:`vtc.ops.transition_variation`, whose arguments these are, checked."""
-    b, length, d = before.shape
+def operands(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tensors as the kernels take them: of a float type that they know, rows in one piece."""
     before, after = (x.detach() if x.dtype in FLOATS else x.detach().float() for x in (before, after))
     before, after = (x if x.stride(-1) == 1 else x.contiguous() for x in (before, after))
+    return before, after
+
+
+def transition_variation(before: Tensor, after: Tensor, mask: Tensor | None, absolute: bool) -> Tensor:
+    """:func:`vtc.ops.transition_variation`, whose arguments these are, checked; the tensors from :func:`operands`."""
+    b, length, d = before.shape
     mask = None if mask is None else mask.contiguous()
     stretch, turn = before.new_empty(2, b, length, dtype=torch.float32)
     if not stretch.numel():
         return stretch
     constants, options = _row(d)
-    change[length, b](
-        before, after, mask, stretch, turn, *before.stride()[:2], *after.stride()[:2], length,
-        ABSOLUTE=absolute, **constants, **options,
-    )  # fmt: skip
-    share[triton.cdiv(length, TOKENS), b](stretch, turn, length, TOKENS=TOKENS, num_warps=4)
+    with launching(before.device):
+        change[length, b](
+            before, after, mask, stretch, turn, *before.stride()[:2], *after.stride()[:2], length,
+            ABSOLUTE=absolute, **constants, **options,
+        )  # fmt: skip
+        share[triton.cdiv(length, TOKENS), b](stretch, turn, length, TOKENS=TOKENS, num_warps=4)
     return stretch
+
+
+def case(before: Tensor, after: Tensor, mask: Tensor | None, absolute: bool) -> Case | None:
+    """What the launches are compiled for, and two samples that try it: a row of zeros, padding that is NaN."""
+    if not before.numel():
+        return None
+    d, dtypes, even = before.shape[-1], (before.dtype, after.dtype), (is_even(before), is_even(after))
+    aligned = all(stride % 16 == 0 for x in (before, after) for stride in x.stride()[:2])
+    whole = before.shape[:2].numel() % 4 == 0  # where in 16 bytes the second of the two scores in memory begins
+    length = 20 if whole else 19
+    facts = (
+        ("before", dtypes[0]), ("after", dtypes[1]), ("width", d), ("mask", mask is not None),
+        ("absolute", absolute), ("aligned", aligned), ("even before", even[0]),
+        ("even after", even[1]), ("even scores", whole),
+    )  # fmt: skip
+
+    def arguments(device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        real = torch.ones(2, length, dtype=torch.bool, device="cpu")
+        real[1, 12:], real[0, 3] = False, False
+        a, b = (noise(seed, 2, length, d, dtype=torch.float32, device=real.device) for seed in (0, 1))
+        a[:, 5] = 0.0
+        if mask is not None:
+            a, b = (x.masked_fill(~real[..., None], float("nan")) for x in (a, b))
+        kinds = zip((a, b), dtypes, even, strict=True)
+        a, b = (laid_out(x.to(dtype), device, aligned, begins) for x, dtype, begins in kinds)
+        return a, b, None if mask is None else real.to(device), absolute
+
+    return Case("transition scores", facts, arguments, transition_variation, TOLERANCE)
 
 
 def _row(d: int) -> tuple[dict[str, int], dict[str, int]]:
