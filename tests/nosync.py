@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vtc.ops.recursion import unbranched
+
 
 class NoSync(TorchDispatchMode):
-    """Raises on whatever reads the device from the host, or has a shape that depends on values."""
+    """Raises on whatever reads the device from the host, or has a shape that depends on values.
+
+    The CPU stands for a device here: what branches on values because it runs on a CPU is left out.
+    """
 
     FORBIDDEN = (
         "_local_scalar_dense",
@@ -18,6 +25,15 @@ class NoSync(TorchDispatchMode):
         "is_nonzero",
         "repeat_interleave",
     )
+
+    def __enter__(self):
+        self._as_on_a_device = contextlib.ExitStack()
+        self._as_on_a_device.enter_context(unbranched())
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        self._as_on_a_device.close()
+        return super().__exit__(*raised)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0].lstrip("_")
