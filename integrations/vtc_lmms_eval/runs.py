@@ -207,11 +207,18 @@ def _follow(command: list[str], environment: dict[str, str], log: Path, progress
 
 
 def _reason(log: Path, status: int) -> str:
-    """The line with which our model ended the process, else the last thing that was said."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
+    """The line with which our model ended the process, else the last error, else the last thing that was said.
+
+    torchrun puts the rank before what a process says, and its own report, between rules, behind it.
+    """
+    text = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [re.sub(r"^\[(?:rank)?\d+\]:", "", line).strip() for line in text]
     ours = [line for line in lines if line.startswith("vtc: ")]
-    last = next((line for line in reversed(lines) if line), "nothing was said")
-    return ours[-1].removeprefix("vtc: ") if ours else f"exit status {status}: {last}"
+    if ours:
+        return ours[-1].removeprefix("vtc: ")
+    said = [line for line in lines if line.strip("=-")]
+    errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailedError" not in line]
+    return f"exit status {status}: {(errors or said or ['nothing was said'])[-1]}"
 
 
 def read(run: Run, folder: Path) -> Outcome:
