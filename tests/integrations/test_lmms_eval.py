@@ -298,7 +298,7 @@ def test_a_changed_config_file_is_another_run(tmp_path, pretend):
         ("raise KeyError('task')", "exit status 1: KeyError: 'task'"),
         (
             "import sys; print('[rank1]: OSError: the port is taken'); "
-            "print('torch.distributed.elastic.multiprocessing.errors.ChildFailedError: '); print('=' * 60); sys.exit(1)",
+            "print('torch.distributed.elastic.multiprocessing.errors.ChildFailedError: '); print('=' * 9); sys.exit(1)",
             "exit status 1: OSError: the port is taken",
         ),
         ("import sys; print('=' * 60); sys.exit(3)", "exit status 3: nothing was said"),
