@@ -1,4 +1,5 @@
-"""`locked.py LOCK`: end with an error unless all that is installed in this environment has its version from the lock.
+"""`locked.py LOCK [NAME==VERSION ...]`: end with an error unless all that is installed in this environment has its version
+from the lock, or is one of those named beside it.
 
 A package that a lock forgets is installed at its newest release, and nothing else would say so.
 """
@@ -10,10 +11,10 @@ from importlib.metadata import distributions
 OURS = {"visual-token-compression", "pip", "setuptools"}  # the latter two come with an environment, or are built with
 
 
-def main(lock: str) -> str | None:
+def main(lock: str, *beside: str) -> str | None:
     """What is wrong, or nothing."""
     with open(lock) as file:
-        pins = re.findall(r"^([\w.-]+)==([^\s+]+)", file.read(), flags=re.M)  # without +cpu
+        pins = re.findall(r"^([\w.-]+)==([^\s+]+)", "\n".join([file.read(), *beside]), flags=re.M)  # without +cpu
     wrong = []
     for found in distributions():
         name, version = re.sub(r"[-_.]+", "-", found.name).lower(), found.version.split("+")[0]
@@ -23,4 +24,4 @@ def main(lock: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))
