@@ -1,5 +1,5 @@
-"""`locked.py LOCK [NAME==VERSION ...]`: end with an error unless all that is installed in this environment has its version
-from the lock, or is one of those named beside it.
+"""`locked.py LOCK [NAME==VERSION ...]`: end with an error unless all that is installed in this environment has its
+version from the lock, or is one of those named beside it.
 
 A package that a lock forgets is installed at its newest release, and nothing else would say so.
 """
