@@ -8,7 +8,6 @@ threads, which other work on the machine disturbs least.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ import vtc
 from vtc.profiling.ideal import count_flops
 from vtc.profiling.provenance import provenance
 from vtc.profiling.spread import Spread
+from vtc_tinyvlm.evaluate import write_csv
 
 DEIT_S = ViTConfig(
     hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, num_labels=1000
@@ -85,23 +85,21 @@ def main(
         for name, method in chosen.items():
             with vtc.patch(model, method):
                 times[name].append(seconds(lambda: model(pixels)))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    source = provenance()
     for name, took in times.items():
         faster = Spread.of([full / mine for full, mine in zip(times["none"], took, strict=True)])
         share = 1.0 if name == "none" else flops(model, pixels, chosen[name]) / whole
         kept = 196 if name == "none" else chosen[name].keep
         row = {"batch": batch, "method": name, "options": "" if name == "none" else str(chosen[name])}
-        row |= {"kept_patches": kept, "flops": f"{share:.4f}", "throughput": f"{faster.median:.4f}"}
-        rows.append(provenance() | row | {"low": f"{faster.low:.4f}", "high": f"{faster.high:.4f}"})
+        row |= {"kept_patches": kept, "flops": share, "throughput": faster.median}
+        rows.append(source | row | {"low": faster.low, "high": faster.high})
     table = Table("method", "patches left", "FLOPs", "throughput", title=f"DeiT-S-shaped, batch {batch}")
     for row in rows:
-        spread = f"{float(row['throughput']):.2f}x ({float(row['low']):.2f} - {float(row['high']):.2f})"
-        table.add_row(row["method"], str(row["kept_patches"]), f"{float(row['flops']) - 1:+.1%}", spread)
+        spread = f"{row['throughput']:.2f}x ({row['low']:.2f} - {row['high']:.2f})"
+        table.add_row(row["method"], str(row["kept_patches"]), f"{row['flops'] - 1:+.1%}", spread)
     Console().print(table)
-    with out.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, out)
 
 
 if __name__ == "__main__":

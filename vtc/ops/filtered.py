@@ -33,6 +33,7 @@ BLOCK = 256  # rows of the Gram matrix at a time
 PIECE = 512  # entries of a row that are multiplied at a time
 SPENT = 1 / 16  # of all pairs, in float64, before the search is given up
 NOBODY = -3.0  # below every cosine
+PADDING = -1e29  # above the scores of padding, which are all alike, and below every other
 
 Array = np.ndarray[Any, Any]
 
@@ -137,7 +138,7 @@ def nearest_picks(
         np.subtract(of, upper, out=upper)
         best = int(upper.argmax())
         can = np.flatnonzero(upper >= score(best, low[best] + cosines.width))
-        if len(can) > 1 and upper[can].min() > -1e29:
+        if len(can) > 1 and upper[can].min() > PADDING:
             exact = np.array([cosines.largest(i, picks[:made]) for i in can])
             can = can[score(can, exact).argmax() :]  # the first one on ties
         pick = int(can[0])
@@ -174,7 +175,7 @@ def sum_picks(cosines: Cosines, base: Tensor, first: int, k: int) -> Tensor:
         upper = of - low
         lower = upper - (made - known) * width
         can = np.flatnonzero(upper >= lower.max())
-        if len(can) > 1 and upper[can].min() > -1e29:
+        if len(can) > 1 and upper[can].min() > PADDING:
             for i in can:
                 new = cosines.exact(i, rows[known[i] : made])
                 exact[i] = np.add.accumulate(np.append(exact[i], new))[-1]  # one by one, as float64 rounds
