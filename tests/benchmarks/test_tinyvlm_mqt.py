@@ -187,7 +187,8 @@ def measured() -> dict[tuple[str, int], dict[str, str]]:
         with (RESULTS / name).open() as handle:
             found = [row for row in csv.DictReader(handle) if row["type"] == "mean_without_count"]
         shared = {"divprune", "todre", "random"}
-        at_36 = [row for row in found if row["method"] in shared and row["keep"] == "0.25"]
+        own = [row for row in found if row["method"] in shared and row["positions"] == "original"]
+        at_36 = [row for row in own if row["keep"] == "0.25"]
         rows += at_36 if name == "accuracy_tinyvlm.csv" else found
     return {(row["method"], round(float(row["kept_tokens"]))): row for row in rows}
 
