@@ -50,9 +50,9 @@ def test_a_sweep_scores_every_question_as_our_own_task_does(folder, shipped):
     means = []
     for method in (None, vtc.DivPrune(keep=0.25), vtc.Random(keep=4)):
         config = None if method is None else vtc.CompressionConfig.of(method)
-        scores, tokens = own.take(config)
-        assert theirs.take(config) == (scores, tokens)
-        means.append(sum(theirs.headline(scores)) / (QUESTIONS * 5 / 6))
+        taken = own.take(config)
+        assert theirs.take(config) == taken
+        means.append(sum(theirs.headline(taken.scores)) / (QUESTIONS * 5 / 6))
     assert means[0] >= means[1] > means[2] > 0
     found = evaluate(folder, model_args(folder, "method=divprune,keep=0.25"))["results"][scenes.TASK]
     assert found["answer,none"] == pytest.approx(means[1])  # and as lmms-eval does
@@ -66,7 +66,7 @@ def test_another_family_is_swept_in_batches(folder, tmp_path):
     theirs = replace(theirs, task=replace(theirs.task, score=lambda text, question: said.append(text) or 0.0))
     config = vtc.CompressionConfig.of(vtc.DivPrune(keep=0.25))
     for each in (theirs, replace(theirs, size=1)):
-        assert each.take(config)[1] == pytest.approx(each.take()[1] / 4, abs=0.5)
+        assert each.take(config).tokens == pytest.approx(each.take().tokens / 4, abs=0.5)
     assert len({len(q.prompt) for q in theirs.asked}) > 1
     assert len(set(said)) > 1
     assert said[:24] == said[24:]

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import random
 import re
 import shutil
@@ -18,10 +19,12 @@ import vtc
 from vtc.cli import app
 from vtc.profiling import sweep as work
 from vtc.profiling import tasks
+from vtc.profiling.beside import beside_downsampled, beside_unpruned
 from vtc.profiling.downsample import coarse
+from vtc.profiling.exam import Answers, fingerprint
 from vtc.profiling.intervals import paired_loss, wilson
 from vtc.profiling.page import write_report
-from vtc.profiling.tasks import Task, get_task
+from vtc.profiling.tasks import Task, answers, get_task
 
 tiny = pytest.importorskip("vtc_tinyvlm")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -333,6 +336,42 @@ def test_an_exam_counts_what_the_task_counts(exam):
     task = dataclasses.replace(exam.task, apart=frozenset({"count", "rel"}))
     short = dataclasses.replace(exam, task=task)
     assert len(short.counted) == 8
-    scores, tokens = short.take(vtc.CompressionConfig("transprune", {"keep": 0.25}))
-    assert len(scores) == 12
-    assert 36 < tokens < 144
+    taken = short.take(vtc.CompressionConfig("transprune", {"keep": 0.25}))
+    assert len(taken.scores) == len(taken.said) == 12
+    assert 36 < taken.tokens < 144
+
+
+def test_loyalty_and_hard_questions_by_hand(exam):
+    """Six questions of which the last is kept apart; the whole picture answers 1-4, the smaller one 1, 5 and 6."""
+    asked = [dataclasses.replace(exam.asked[0], type=kind) for kind in [*["color"] * 5, "count"]]
+    six = dataclasses.replace(exam, asked=asked)
+    whole = Answers([1, 1, 1, 1, 0, 1], list("abcdef"), 144.0)
+    small = Answers([1, 0, 0, 0, 1, 0], list("axxxyx"), 36.0)
+    cell = Answers([1, 1, 1, 0, 1, 0], list("abcxyx"), 36.0)
+    beside = beside_unpruned(six, cell, whole)
+    assert beside["loyalty"] == 3 / 5  # the wrong fifth answer was another one
+    assert beside["loss"] == 0.0
+    hard = beside_downsampled(six, cell, whole, small)
+    assert (hard["hard_questions"], hard["hard"]) == (3, 2 / 3)
+    assert (hard["hard_low"], hard["hard_high"]) == wilson(2, 3)
+    assert beside_downsampled(six, small, whole, small)["hard"] == 0.0
+    assert beside_downsampled(six, whole, whole, small)["hard"] == 1.0
+    assert set(beside_downsampled(six, cell, whole, None).values()) == {None}
+    assert beside_downsampled(six, cell, whole, whole) == dict.fromkeys(hard) | {"hard_questions": 0}
+
+
+def test_a_sweep_says_how_loyal_a_method_is(exam, swept):
+    _, rows, _ = swept
+    by_name = {row["method"]: row for row in rows}
+    assert by_name["none"]["loyalty"] == "1"
+    assert by_name["none"]["hard"] == ""  # the budget of all tokens has no smaller picture
+    small, cell, whole = (json.loads(by_name[name]["marks"]) for name in ("downsample", "divprune", "none"))
+    hard = [i for i in exam.counted if whole[i] > small[i]]
+    assert int(by_name["divprune"]["hard_questions"]) == len(hard) > 0
+    assert float(by_name["divprune"]["hard"]) == pytest.approx(sum(cell[i] for i in hard) / len(hard), abs=1e-5)
+    assert float(by_name["downsample"]["hard"]) == 0.0
+    said = {name: row["said"].split() for name, row in by_name.items()}
+    texts = answers(exam.model, exam.processor, exam.inputs(exam.asked), 3)
+    assert said["none"] == [fingerprint(text) for text in texts]
+    same = [said["divprune"][i] == said["none"][i] for i in exam.counted]
+    assert float(by_name["divprune"]["loyalty"]) == pytest.approx(sum(same) / len(same), abs=1e-5)

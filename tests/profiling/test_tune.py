@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import vtc
 from vtc.cli import app
 from vtc.commands.tune import parse_drop
+from vtc.profiling.exam import Answers
 from vtc.profiling.tune import tune, with_keep
 
 DIVPRUNE = vtc.CompressionConfig("divprune", {"keep": 0.5})
@@ -26,11 +27,11 @@ class Pretended:
 
     def take(self, config=None, way=None, tick=None):
         if config is None:
-            return self.before, 144.0
+            return Answers(self.before, [], 144.0)
         keep = config.options["keep"]
         self.asked.append(keep)
         wrong = round(self.lost(keep) * len(self.before))
-        return [0.0] * wrong + self.before[wrong:], 144 * keep
+        return Answers([0.0] * wrong + self.before[wrong:], [], 144 * keep)
 
 
 def invoke(*arguments):

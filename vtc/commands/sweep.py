@@ -112,7 +112,9 @@ def table_of(rows: Sequence[Mapping[str, str]]) -> Table:
 
     batches = sorted({int(row["batch"]) for row in rows})
     table = numbers_table(
-        None, "", "tokens", "accuracy", "loss, points (95 %)", *(f"speed-up\nbatch {batch}" for batch in batches)
+        None,
+        *("", "tokens", "accuracy", "loss, points (95 %)", "loyalty", "hard"),
+        *(f"speed-up\nbatch {batch}" for batch in batches),
     )
     cells: dict[tuple[str, ...], dict[int, Mapping[str, str]]] = {}
     for row in rows:
@@ -127,6 +129,7 @@ def table_of(rows: Sequence[Mapping[str, str]]) -> Table:
             f"{float(row['kept_tokens']):.0f}",
             f"{100 * float(row['accuracy']):.1f} %",
             f"{loss[0]} [dim]({loss[1]} to {loss[2]})[/]" if len(loss) == 3 and not whole else "",
+            *(f"{100 * float(row[name]):.0f} %" if row[name] and not whole else "" for name in ("loyalty", "hard")),
             *(f"{float(each):.2f}x" if each else "" for each in times),
         )
     return table

@@ -17,6 +17,21 @@ from vtc.profiling.tasks import Task, answers, batches_of
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What one way of running a model answered.
+
+    Attributes:
+        scores: in [0, 1], of each question.
+        said: a fingerprint of each answer's text: equal for equal texts.
+        tokens: visual tokens of a question, averaged over the layers.
+    """
+
+    scores: list[float]
+    said: list[str]
+    tokens: float
+
+
+@dataclass(frozen=True)
 class Exam:
     """Questions put to one model, the same for all cells of a sweep and for all trials of ``tune``.
 
@@ -54,16 +69,13 @@ class Exam:
         config: CompressionConfig | None = None,
         baseline: Coarse | None = None,
         tick: Callable[[int], None] = lambda done: None,
-    ) -> tuple[list[float], float]:
+    ) -> Answers:
         """Answer all questions, pruned or with coarser pictures or neither.
 
         Args:
             config: how to prune.
             baseline: how to make pictures coarser instead.
             tick: called with the number of questions of each batch that is done.
-
-        Returns:
-            A score for each question, and the visual tokens of one, averaged over the layers.
         """
         texts: list[str] = []
         tokens = 0.0
@@ -82,8 +94,14 @@ class Exam:
                 else:
                     tokens += int((inputs["input_ids"] == parts.placeholders["image"]).sum())
                 tick(len(part))
-        return self.task.scores(texts, self.asked), tokens / len(self.asked)
+        said = [fingerprint(text) for text in texts]
+        return Answers(self.task.scores(texts, self.asked), said, tokens / len(self.asked))
 
     def inputs(self, part: Sequence[Any]) -> dict[str, Any]:
         """One batch, as the processor makes it."""
         return batches_of(part, self.processor, len(part), self.model.device, self.model.dtype)[0]
+
+
+def fingerprint(text: str) -> str:
+    """Eight hexadecimal digits for the words of a text, which may be long, or not ours to repeat."""
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=4).hexdigest()

@@ -148,12 +148,15 @@ random and grid drop tokens blindly, downsample makes the picture smaller instea
 The band is the Pareto front: no other point is as cheap and answers better.</p>
 <table>
 <thead><tr><th>method</th><th>keep</th><th>batch</th><th>tokens</th><th>accuracy, %</th><th>loss, points</th>
-<th>apart, %</th><th>TTFT, ms</th><th>speed-up</th><th>ideal</th><th>realised, %</th></tr></thead>
+<th>loyalty, %</th><th>hard, %</th><th>apart, %</th><th>TTFT, ms</th><th>speed-up</th><th>ideal</th>
+<th>realised, %</th></tr></thead>
 <tbody>
 {% for row in rows %}<tr{% if ahead[loop.index0] %} class="front"{% endif %}>
 <td>{{ row.method }}</td><td>{{ row.keep }}</td><td>{{ row.batch }}</td><td>{{ row.kept_tokens | number(".0f") }}</td>
 <td>{{ row.accuracy | percent }} {{ span(row.accuracy_low | percent, row.accuracy_high | percent) }}</td>
 <td>{{ row.loss | percent }} {{ span(row.loss_low | percent, row.loss_high | percent) }}</td>
+<td>{{ row.loyalty | percent }}</td>
+<td>{{ row.hard | percent }} {{ span(row.hard_low | percent, row.hard_high | percent) }}</td>
 <td>{{ row.apart | percent }}</td>
 <td>{{ row.ttft_ms | number(".1f") }} {{ span(row.ttft_ms_p10 | number(".1f"), row.ttft_ms_p90 | number(".1f")) }}</td>
 {% if row.correct == "True" %}<td>{{ row.speedup | number(".2f") }}</td><td>{{ row.ideal | number(".2f") }}</td>
@@ -161,7 +164,9 @@ The band is the Pareto front: no other point is as cheap and answers better.</p>
 {% else %}<td colspan="3">wrong result: {{ row.faults }}</td>{% endif %}</tr>
 {% endfor %}</tbody>
 </table>
-<p>Loss: on the same questions, against the unpruned model; 95 % interval for paired proportions (Newcombe). Apart:
+<p>Loss: on the same questions, against the unpruned model; 95 % interval for paired proportions (Newcombe). Loyalty:
+answers that are word for word the unpruned model's. Hard: accuracy on those questions that the whole picture answers
+and a smaller one of as many tokens (downsample) does not; empty where that baseline was not run. Apart:
 questions that the task keeps out of the accuracy. Realised: measured ratio of times, divided by the ideal ratio of
 FLOPs, vision tower included; times, and so ratios, are spread from the 10th to the 90th percentile. Rows on the front
 of their batch size are shaded.</p>

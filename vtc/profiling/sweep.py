@@ -1,8 +1,8 @@
 """Accuracy and time of methods at several budgets, cell by cell, into a CSV that an interrupted sweep goes on with.
 
-A cell is a method with a ``keep``; its accuracy is asked once (it does not depend on the batch), and its time is taken
-at each batch size, beside the unpruned model's in the same rounds. Beside registered methods there are the baselines of
-:mod:`vtc.profiling.downsample`, and ``none``, the unpruned model.
+A cell is a method with a ``keep``; its questions are asked once (answers do not depend on the batch), and its time is
+taken at each batch size, beside the unpruned model's in the same rounds. Beside registered methods there are the
+baselines of :mod:`vtc.profiling.downsample`, and ``none``, the unpruned model.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from vtc.costs import Decoder
 from vtc.methods import method_class
 from vtc.models import resolve
 from vtc.patching import patch
+from vtc.profiling.beside import accuracy, beside_downsampled, beside_unpruned
 from vtc.profiling.downsample import NAMES as COARSE
 from vtc.profiling.downsample import Coarse, coarse
-from vtc.profiling.exam import Exam
+from vtc.profiling.exam import Answers, Exam
 from vtc.profiling.ideal import encoder_flops
-from vtc.profiling.intervals import paired_loss, wilson
 from vtc.profiling.ledger import Ledger
 from vtc.profiling.measure import profile
 from vtc.profiling.provenance import provenance
 from vtc.profiling.spread import Spread
 from vtc.profiling.timing import rounds
 
-UNPRUNED = "none"
+UNPRUNED, SMALLER = "none", "downsample"
 BASELINES = ("random", "grid", *COARSE)
 """Always drawn: what a method has to beat."""
 
 COLUMNS = (
     *("date", "commit", "device", "driver", "torch", "triton", "transformers", "vtc", "model", "task", "questions"),
     *("asked", "dtype", "method", "keep", "options", "positions", "calibration", "batch", "visual_tokens"),
-    *("kept_tokens", "accuracy", "accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "apart", "repeats"),
+    *("kept_tokens", "accuracy", "accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high"),
+    *("loyalty", "loyalty_low", "loyalty_high", "hard_questions", "hard", "hard_low", "hard_high", "apart", "repeats"),
     *("ttft_ms", "ttft_ms_p10", "ttft_ms_p90", "speedup", "speedup_p10", "speedup_p90", "ideal", "realised"),
-    *("realised_p10", "realised_p90", "correct", "faults", "marks"),
+    *("realised_p10", "realised_p90", "correct", "faults", "marks", "said"),
 )
 _KEY = (
     *("device", "model", "task", "asked", "dtype", "method", "keep", "options", "positions", "calibration", "batch"),
@@ -141,21 +142,21 @@ def sweep(
     }
     done = {tuple(row[column] for column in _KEY): row for row in ledger.rows}
     found: list[dict[str, str]] = []
-    unpruned: list[float] | None = None
+    unpruned: Answers | None = None
+    smaller: dict[Keep, Answers] = {}
     for cell in cells:
         keys = {batch: _key(about, cell, batch) for batch in batches}
         rows = [done[key] for key in keys.values() if key in done]
-        scores, tokens = _read(rows[0]) if rows else (None, 0.0)
-        if len(rows) < len(keys):
-            if scores is None:
-                scores, tokens = exam.take(cell.config, _baseline(exam, cell))
-            for batch, key in keys.items():
-                if key not in done:
-                    reference = scores if unpruned is None else unpruned
-                    results = _accuracy(exam, scores, reference) | _timing(exam, cell, batch, repeats)
-                    ledger.add(about | _about(cell) | {"batch": batch, "kept_tokens": tokens} | results)
-                    done[key] = ledger.rows[-1]
-        unpruned = scores if unpruned is None else unpruned
+        answers = _read(rows[0]) if rows else exam.take(cell.config, _baseline(exam, cell))
+        unpruned = unpruned or answers
+        if cell.method == SMALLER:
+            smaller[cell.keep] = answers
+        for batch, key in keys.items():
+            if key not in done:
+                results = _results(exam, answers, unpruned, smaller.get(cell.keep))
+                results |= {"batch": batch} | _timing(exam, cell, batch, repeats)
+                ledger.add(about | _about(cell) | results)
+                done[key] = ledger.rows[-1]
         found += [done[key] for key in keys.values()]
         tick(cell)
     return found
@@ -178,30 +179,24 @@ def _about(cell: Cell) -> dict[str, str]:
     }
 
 
-def _read(row: dict[str, str]) -> tuple[list[float], float]:
-    """Scores and tokens of a row."""
-    return json.loads(row["marks"]), float(row["kept_tokens"])
+def _results(exam: Exam, answers: Answers, unpruned: Answers, smaller: Answers | None) -> dict[str, Any]:
+    results = accuracy(exam, answers) | beside_unpruned(exam, answers, unpruned)
+    results |= beside_downsampled(exam, answers, unpruned, smaller)
+    marks = [int(score) if score == int(score) else score for score in answers.scores]
+    return results | {
+        "kept_tokens": answers.tokens,
+        "marks": json.dumps(marks, separators=(",", ":")),
+        "said": " ".join(answers.said),
+    }
+
+
+def _read(row: dict[str, str]) -> Answers:
+    """What :func:`_results` wrote."""
+    return Answers(json.loads(row["marks"]), row["said"].split(), float(row["kept_tokens"]))
 
 
 def _baseline(exam: Exam, cell: Cell) -> Coarse | None:
     return coarse(cell.method, exam.model, exam.processor, cell.keep) if cell.method in COARSE else None
-
-
-def _accuracy(exam: Exam, scores: list[float], unpruned: list[float]) -> dict[str, Any]:
-    counted = exam.headline(scores)
-    low, high = wilson(sum(counted), len(counted))
-    loss, loss_low, loss_high = paired_loss(exam.headline(unpruned), counted)
-    apart = [score for i, score in enumerate(scores) if i not in set(exam.counted)]
-    return {
-        "accuracy": sum(counted) / len(counted),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "loss": loss,
-        "loss_low": loss_low,
-        "loss_high": loss_high,
-        "apart": sum(apart) / len(apart) if apart else None,
-        "marks": json.dumps([int(s) if s == int(s) else s for s in scores], separators=(",", ":")),
-    }
 
 
 def _timing(exam: Exam, cell: Cell, batch: int, repeats: int) -> dict[str, Any]:

@@ -91,8 +91,7 @@ def tune(
             f"{method.name} lets the picture decide how many tokens stay, and no keep can be looked for. What would "
             "work: vtc sweep, which measures it as it is; or another method, e.g. 'divprune'"
         )
-    scores, _ = exam.take(tick=tick)
-    before = exam.headline(scores)
+    before = exam.headline(exam.take(tick=tick).scores)
     if (floor := paired_loss(before, before)[2]) > max_drop:
         raise ValueError(
             f"{len(before)} questions are too few: even if no answer changed, a loss of up to {floor:.1%} would remain "
@@ -116,11 +115,11 @@ def with_keep(config: CompressionConfig, keep: float) -> CompressionConfig:
 def _try(
     exam: Exam, config: CompressionConfig, before: Sequence[float], max_drop: float, tick: Callable[[int], None]
 ) -> Trial:
-    scores, tokens = exam.take(config, tick=tick)
-    after = exam.headline(scores)
+    taken = exam.take(config, tick=tick)
+    after = exam.headline(taken.scores)
     loss, low, high = paired_loss(before, after)
     verdict: Verdict = "within" if high <= max_drop else "beyond" if low > max_drop else "unsure"
-    return Trial(float(config.options["keep"]), tokens, sum(after) / len(after), loss, low, high, verdict)
+    return Trial(float(config.options["keep"]), taken.tokens, sum(after) / len(after), loss, low, high, verdict)
 
 
 def _enough(before: Sequence[float], max_drop: float) -> int:
