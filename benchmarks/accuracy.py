@@ -11,9 +11,9 @@ the mean of several seeds, its interval that of a single run over as many questi
 left at the end of the language model, `per layer` their average over its layers: the same but for methods that drop
 inside it.
 
-A method is a registered name, which gets `keep` and is otherwise at its defaults, or a name in `CONFIGURATIONS`.
-Positions are the original ones; `--positions compact` renumbers them, for methods that can. `--keep` may count tokens
-(`--keep 16,8`), with `--methods`.
+Beside the methods there are two baselines that make pictures coarser (vtc.profiling.downsample). Positions are the
+original ones; `--positions compact` renumbers them, for methods that can. `--keep` may count tokens (`--keep 16,8`),
+with `--methods`. `--answers` keeps what was answered, which `python benchmarks/paired.py` compares.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from __future__ import annotations
 import csv
 import importlib
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,17 +34,16 @@ import typer
 from tqdm import tqdm
 from transformers import AutoConfig
 
-import vtc
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is no installed package
+
+from benchmarks.answering import CONFIGURATIONS, ORIGINAL, UNPRUNED, AnswerSheet, Paper, Way, able, answer_all
 from vtc.budget import Keep
 from vtc.commands.shared import parse_keep
-from vtc.methods import make_method, method_class
-from vtc.methods.video import VideoMethod
 from vtc.profiling.provenance import provenance
 from vtc_tinyvlm import TYPES, Question
-from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
+from vtc_tinyvlm.evaluate import SCORES, percent, score, type_rows, write_csv
 
 HEADLINE = "mean_without_count"
-UNPRUNED, ORIGINAL = "none", "original"
 
 MODELS = {
     "tinyvlm": "vtc_tinyvlm",
@@ -52,35 +51,6 @@ MODELS = {
     "tinyvlm-mqt": "vtc_tinyvlm.mqt_model",
     "photovlm": "vtc_photovlm",
 }
-
-# What a registered name and a keep cannot say; keep -> method. A chain's two parts drop the same share, so that `keep`
-# is what is left at the end.
-CONFIGURATIONS: dict[str, Callable[[float], vtc.Method]] = {
-    "divprune-centred": lambda keep: vtc.DivPrune(keep=keep, centered=True),
-    "idpruner-centred": lambda keep: vtc.IDPruner(keep=keep, centered=True),
-    "merge/divprune": lambda keep: vtc.Merge(vtc.DivPrune(keep=keep)),
-    "merge/fastervlm": lambda keep: vtc.Merge(vtc.FasterVLM(keep=keep)),
-    "adaptive-0.1/divprune": lambda keep: vtc.Adaptive(vtc.DivPrune(keep=keep), radius=0.1),
-    "adaptive-0.2/divprune": lambda keep: vtc.Adaptive(vtc.DivPrune(keep=keep), radius=0.2),
-    "intower-diverse": lambda keep: vtc.InTower(rule="diverse", keep=keep),
-    "intower-late": lambda keep: vtc.InTower(keep=keep, after=2 / 3),
-    "intower/divprune": lambda keep: vtc.InTower(keep=keep**0.5, then=vtc.DivPrune(keep=keep)),
-    "prumerge-adaptive": lambda keep: vtc.PruMerge(adaptive=True),
-    "vscan-full": lambda keep: vtc.VScan(keep=keep, stage2=True),
-    "divprune-newlines": lambda keep: vtc.DivPrune(keep=keep, newlines="keep"),
-    "idpruner-newlines": lambda keep: vtc.IDPruner(keep=keep, newlines="keep"),
-    "todre-full": lambda keep: vtc.ToDRE(keep=keep, stage2=True),
-    "globalcom2-probabilities": lambda keep: vtc.GlobalCom2(keep=keep, scores="probabilities"),
-    "globalcom2/divprune": lambda keep: vtc.GlobalCom2(keep=keep, selector=vtc.DivPrune()),
-    "allocate/divprune": lambda keep: vtc.Allocate(keep=keep, selector=vtc.DivPrune()),
-    "divprune+transprune": lambda keep: vtc.Chain(vtc.DivPrune(keep=keep**0.5), vtc.TransPrune(keep=keep**0.5)),
-    "idpruner+transprune": lambda keep: vtc.Chain(vtc.IDPruner(keep=keep**0.5), vtc.TransPrune(keep=keep**0.5)),
-    "globalcom2+transprune": lambda keep: vtc.Chain(vtc.GlobalCom2(keep=keep**0.5), vtc.TransPrune(keep=keep**0.5)),
-}
-FIRST = ("random", "grid", "divprune")
-"""What every method has to beat, and the plainest that does."""
-MADE_OF_OTHERS = ("allocate", "chain", "merge", "adaptive")
-"""At their defaults they say nothing of their own."""
 
 
 @dataclass
@@ -95,55 +65,6 @@ class Cell:
     seeds: int
     seconds: float
     scores: dict[str, list[float]]
-
-
-def answer_all(
-    model: Any, inputs: list[dict[str, Any]], processor: Any, patch: Any, max_new_tokens: int = 3
-) -> tuple[list[str], tuple[float, float]]:
-    """Generated texts of all prepared batches under a patch, and visual tokens per image: in the last layer, and
-    averaged over layers.
-    """
-    texts: list[str] = []
-    last = average = 0.0
-    with patch as handle:
-        for batch in inputs:
-            texts += generate(model, processor, batch, max_new_tokens)
-            if handle is not None:
-                layers = handle.report().tokens_per_layer
-            else:
-                layers = (int((batch["input_ids"] == model.config.image_token_id).sum()) / len(batch["input_ids"]),)
-            last += layers[-1] * len(batch["input_ids"])
-            average += sum(layers) / len(layers) * len(batch["input_ids"])
-    return texts, (last / len(texts), average / len(texts))
-
-
-def method_of(name: str, keep: Keep, seed: int = 0) -> vtc.Method:
-    """A registered name or one of the combinations."""
-    if name in CONFIGURATIONS:
-        return CONFIGURATIONS[name](keep)
-    return make_method(name, keep=keep, **({"seed": seed} if name == "random" else {}))
-
-
-def apply(model: Any, name: str, keep: Keep, seed: int, positions: str) -> Any:
-    """The patch of a cell as a context manager; no patch at all for the unpruned cell."""
-    if name == UNPRUNED:
-        return nullcontext()
-    return vtc.patch(model, method_of(name, keep, seed), positions=positions)
-
-
-def able(model: Any, keep: float, positions: str) -> list[str]:
-    """The methods that this model can run; why not of the others goes to stderr."""
-    rest = [n for n in vtc.list_methods() if not issubclass(method_class(n), VideoMethod)]
-    rest = [n for n in rest if n not in (*FIRST, *MADE_OF_OTHERS)]
-    found = []
-    for name in (*FIRST, *rest, *CONFIGURATIONS):
-        try:
-            vtc.patch(model, method_of(name, keep), positions=positions).unpatch()
-        except ValueError as reason:
-            typer.echo(f"{name}: {reason}", err=True)
-        else:
-            found.append(name)
-    return found
 
 
 def rows_of(cell: Cell, questions: list[Question], types: Sequence[str] = TYPES) -> list[dict[str, Any]]:
@@ -250,6 +171,9 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="Default: benchmarks/results/accuracy_tinyvlm.csv, or that of the other model.")
     ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="A CSV for the words answered; with --resume cells that it lacks are run again.")
+    ] = None,
 ) -> None:
     """Measure every cell, print the table, write the CSV and its Markdown rendering."""
     if threads:
@@ -261,25 +185,30 @@ def main(
     command += f" --methods {methods} --keep {keep} --positions {positions}" if methods else ""
     asked, limit = package.split_questions(questions, split), getattr(package, "MAX_NEW_TOKENS", 3)
     rows = read_rows(out) if resume else []
+    sheet = AnswerSheet(answers, asked) if answers else None
     have = finished(rows, len(asked))
+    if sheet:
+        have = {cell for cell in have if Way(*cell).column in sheet.columns}
     plan: list[tuple[str, Keep, str]] = []
     for kind in positions.split(","):
         for share in map(parse_keep, keep.split(",")):
             if isinstance(share, int) and (not methods or set(methods.split(",")) & CONFIGURATIONS.keys()):
                 raise typer.BadParameter(f"--keep {share} counts tokens: name registered --methods for it")
             whole = isinstance(share, float) and share == 1.0
-            names = [UNPRUNED] if whole else methods.split(",") if methods else able(vlm, share, kind)
+            names = [UNPRUNED] if whole else methods.split(",") if methods else able(vlm, processor, share, kind)
             plan += [(name, share, kind) for name in names if not whole or kind == ORIGINAL]
     plan = [cell for cell in plan if cell not in have]
-    source, inputs = provenance(), prepare(asked, processor, batch)
+    source, paper = provenance(), Paper(asked, processor, batch)
+    rows = [row for row in rows if (row["method"], parse_keep(row["keep"]), row["positions"]) not in plan]
     bar = tqdm(total=sum(seeds if m == "random" else 1 for m, _, _ in plan), desc="cells")
     for name, share, kind in plan:
         runs, began = (seeds if name == "random" else 1), time.time()
         totals = {score_name: [0.0] * len(asked) for score_name in SCORES}
         for seed in range(runs):
-            texts, (kept, layer_average) = answer_all(
-                vlm, inputs, processor, apply(vlm, name, share, seed, kind), limit
-            )
+            way = Way(name, share, kind, seed)
+            texts, (kept, layer_average) = answer_all(vlm, paper, way, limit)
+            if sheet:
+                sheet.add(way, texts)
             for key, values in score(texts, asked).items():
                 totals[key] = [total + value / runs for total, value in zip(totals[key], values, strict=True)]
             bar.update()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from PIL import Image
+from transformers import Dinov2Config
 from typer.testing import CliRunner
 
 import vtc
@@ -107,6 +108,23 @@ def test_a_coarse_picture_of_full_size_is_the_picture(exam, name):
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()]
     assert not torch.equal(logits(model, way, asked), plain)
     assert before == [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()]
+
+
+def test_dinov2_reads_smaller_squares():
+    """Its position embeddings are interpolated without being asked, so nothing is hooked."""
+    home = pytest.importorskip("vtc_photovlm.model")
+    vision = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=14)
+    vision.intermediate_size, vision.mlp_ratio = 32, 1
+    model = home.assemble(home.build_config(64, 1, vision)).eval()
+    asked = [SimpleNamespace(image=Image.effect_noise((224, 224), 60).convert("RGB"), prompt="<image> what?")]
+    way = coarse("downsample", model, home.build_processor(), 0.25)
+    inputs = way.inputs(asked)
+    assert inputs["pixel_values"].shape[-1] == 112
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 64
+    assert logits(model, way, asked).isfinite().all()
+    full = coarse("pool", model, home.build_processor(), 1.0)
+    plain = coarse("downsample", model, home.build_processor(), 1.0)
+    torch.testing.assert_close(logits(model, full, asked), logits(model, plain, asked))
 
 
 def test_a_cut_picture_falls_back_on_its_thumbnail():

@@ -3,8 +3,8 @@
 ``downsample`` makes the picture smaller, so that the vision tower has less to do too. What that means differs:
 
 - Families whose token count follows the picture's size (Qwen-VL, GLM-V): the picture is resized before the processor.
-- One fixed grid (LLaVA): the processor makes a smaller square, and CLIP's position embeddings are interpolated to it,
-  as transformers offers. The tower was never trained on that.
+- One fixed grid (LLaVA): the processor makes a smaller square, and the tower's position embeddings are interpolated to
+  it, as transformers offers for CLIP and does for DINOv2. CLIP was never trained on that.
 - Thumbnail and crops (LLaVA-NeXT): the thumbnail alone, made smaller (as above) where even that is over the budget.
 
 ``pool`` is for one fixed grid only: the tower sees the full picture, and the projected tokens are averaged over cells,
@@ -17,6 +17,7 @@ Positions have no gaps: to the language model it is a smaller picture.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -33,6 +34,8 @@ from vtc.models import resolve
 from vtc.profiling.tasks import batches_of, placed
 
 NAMES = ("downsample", "pool")
+SQUARE = ("clip_vision_model", "dinov2")
+"""Towers that read one square of patches, and can read a smaller one."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,12 @@ def coarse(name: str, model: Any, processor: Any, keep: Keep) -> Coarse:
     config, vision = parts.config, parts.config.vision_config
     if name == "downsample" and hasattr(vision, "temporal_patch_size"):
         return _resized(model, processor, keep)
-    if getattr(vision, "model_type", "") == "clip_vision_model" and config.model_type in ("llava", "llava_next"):
+    tower = getattr(vision, "model_type", "")
+    if tower in SQUARE:
         side = vision.image_size // vision.patch_size
         if config.model_type == "llava":
             return (_smaller if name == "downsample" else _pooled)(model, processor, _grid(keep, side * side, side))
-        if name == "downsample":
+        if name == "downsample" and config.model_type == "llava_next" and tower == SQUARE[0]:
             return _thumbnail(model, processor, keep, side)
     raise ValueError(f"the baseline {name!r} is not defined for model_type {config.model_type!r}")
 
@@ -164,7 +168,10 @@ def _thumbnail(model: Any, processor: Any, keep: Keep, side: int) -> Coarse:
 
 @contextlib.contextmanager
 def _interpolating(tower: nn.Module) -> Iterator[None]:
-    """Let a CLIP tower take pictures of another size."""
+    """Let a tower take pictures of another size: CLIP has to be asked, DINOv2 needs not."""
+    if "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
+        yield
+        return
 
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"interpolate_pos_encoding": True}
