@@ -19,6 +19,7 @@ import transformers
 
 import vtc_tinyvlm
 from vtc.config import CompressionConfig
+from vtc.demo_photo import Photograph, ask_photograph
 from vtc.patching import patch
 from vtc.profiling.intervals import wilson
 from vtc.profiling.provenance import device_name
@@ -91,6 +92,7 @@ class DemoResult:
         question: the first one.
         answer: to it, the right one.
         overlay: the picture with the kept tokens, if one was written.
+        photograph: a question to the model on a pretrained encoder, where that is on this machine.
         machine: what the timing ran on.
     """
 
@@ -104,6 +106,7 @@ class DemoResult:
     question: str
     answer: str
     overlay: Path | None
+    photograph: Photograph | None
     machine: str
 
 
@@ -163,6 +166,7 @@ def run_demo(
         question=asked[0].prompt.replace(processor.image_token, "").strip(),
         answer=asked[0].answer,
         overlay=overlay,
+        photograph=ask_photograph(config, overlay and overlay.with_stem(f"{overlay.stem}-photo"), device),
         machine=_machine(model.device),
     )
 

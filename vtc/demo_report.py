@@ -38,6 +38,10 @@ def print_report(console: Console, result: DemoResult) -> None:
     console.print(EXAMPLE.format(result=result), markup=False, highlight=False)
     if result.overlay is not None:
         console.print(f"kept tokens: {result.overlay}", markup=False, highlight=False, soft_wrap=True)
+    if (photo := result.photograph) is not None:
+        console.print(PHOTOGRAPH.format(photo=photo), markup=False, highlight=False)
+        if photo.overlay is not None:
+            console.print(f"kept tokens: {photo.overlay}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(result: DemoResult, name: str) -> Table:
@@ -70,3 +74,9 @@ EXAMPLE = """\
 The first question: {result.question} -> {result.answer}
   unpruned: {result.full.answers[0]}
   pruned:   {result.pruned.answers[0]}"""
+
+PHOTOGRAPH = """
+And a photograph, through a pretrained DINOv2 (photovlm; the first such question, whatever comes of it): \
+{photo.question} -> {photo.answer}
+  unpruned: {photo.unpruned} ({photo.tokens} visual tokens)
+  pruned:   {photo.pruned} ({photo.kept})"""

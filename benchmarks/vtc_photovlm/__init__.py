@@ -8,7 +8,7 @@ from vtc_tinyvlm.scoring import is_correct, is_exact
 
 from .cache import Unavailable
 from .data import SPLITS, Question, dataset, evaluation_questions, split_questions
-from .model import CHECKPOINT, MAX_NEW_TOKENS, load, whole
+from .model import CHECKPOINT, MAX_NEW_TOKENS, load, ready, whole
 from .questions import TYPES
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "is_correct",
     "is_exact",
     "load",
+    "ready",
     "split_questions",
     "whole",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import encoder
 from .cache import Unavailable, folder, sha256
 from .photos import SIZE
+from .sources import FONTS, PICTURES
 from .vocabulary import BOS, EOS, IMAGE, PAD, VOCABULARY, build_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -140,6 +141,12 @@ def load(directory: str | Path = CHECKPOINT, tower: Any = None) -> tuple[Any, An
     state |= {TOWER + name: x for name, x in tower.state_dict().items()}
     model.load_state_dict(state)
     return model.eval(), AutoProcessor.from_pretrained(directory)
+
+
+def ready() -> bool:
+    """Whether trained part, encoder, pictures and fonts are all on this machine: then nothing has to be fetched."""
+    pictures = all(package.folder.exists() for package in (*PICTURES, *FONTS.values()))
+    return pictures and (folder() / encoder.CACHED).exists() and (CHECKPOINT / "model.safetensors").exists()
 
 
 def whole(directory: str | Path = CHECKPOINT) -> Path:

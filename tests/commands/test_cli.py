@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import vtc
+import vtc_photovlm
+import vtc_tinyvlm
+from vtc import demo_photo
 from vtc.checkpoint import Answer, Checkpoint, PrunedImage
 from vtc.cli import app, parse_keep
 from vtc.demo import run_demo
+from vtc.demo_photo import ask_photograph
+from vtc.demo_report import print_report
 from vtc.models import families
 from vtc.tokens import Layout, Segment
 from vtc.viz.pixels import open_image
@@ -255,3 +261,26 @@ def test_demo_measures_the_smaller_cache():
 
 def test_demo_refuses_no_questions():
     assert "questions=0" in refused("demo", "--questions", "0")
+
+
+def test_the_demo_shows_a_photograph_where_there_is_the_model(monkeypatch, tmp_path):
+    """tinyvlm stands in for photovlm, which needs an encoder that is fetched."""
+    config = vtc.CompressionConfig("divprune", {"keep": 16})
+    monkeypatch.setattr(vtc_photovlm, "ready", lambda: False)
+    assert ask_photograph(config) is None
+    asked = vtc_tinyvlm.evaluation_questions(6)
+    monkeypatch.setattr(vtc_photovlm, "ready", lambda: True)
+    monkeypatch.setattr(vtc_photovlm, "load", vtc_tinyvlm.load)
+    monkeypatch.setattr(vtc_photovlm, "evaluation_questions", lambda n: asked)
+    monkeypatch.setattr(demo_photo, "TYPE", "rel")
+    shown = ask_photograph(config, tmp_path / "photo.png")
+    question = next(q for q in asked if q.type == "rel")
+    assert (shown.question, shown.answer) == (question.prompt.removeprefix("<image>").strip(), question.answer)
+    assert shown.unpruned.split()[0] == question.answer
+    assert (shown.tokens, shown.kept) == (144, 16)
+    assert shown.overlay.stat().st_size > 1000
+    report = run_demo(config, questions=2, batch=2, repeats=1, overlay=tmp_path / "demo.png")
+    assert report.photograph.overlay == tmp_path / "demo-photo.png"
+    with (console := Console(width=120)).capture() as told:
+        print_report(console, report)
+    assert f"{question.answer}\n  unpruned: {shown.unpruned} (144 visual tokens)" in told.get()
