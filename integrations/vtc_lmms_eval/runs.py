@@ -25,7 +25,7 @@ from typing import Any
 from vtc.children import Relay
 from vtc.files import replacing, write_text
 from vtc.values import shown
-from vtc_lmms_eval import MODEL_ID
+from vtc_lmms_eval import MODEL_ID, samples
 from vtc_lmms_eval.arguments import UNPRUNED, Asked, split
 
 PREFIX = "avg_vtc_"
@@ -108,6 +108,7 @@ class Outcome:
         reason: why it failed; empty if it did not.
         scores: (task, metric) → value.
         numbers: tokens and times, as :meth:`vtc_lmms_eval.meter.Meter.summary` names them, without ``vtc_``.
+        said: what was answered, for :func:`vtc_lmms_eval.samples.loyalty`.
         seconds: of the process; 0 when its results were there already.
         folder: where log and results are.
     """
@@ -116,6 +117,7 @@ class Outcome:
     reason: str = ""
     scores: dict[tuple[str, str], float] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    said: samples.Said = field(default_factory=dict)
     seconds: float = 0.0
     folder: Path = Path()
 
@@ -239,6 +241,7 @@ def read(run: Run, folder: Path) -> Outcome:
             for name, value in written.get("throughput", {}).items()
             if name.startswith(PREFIX)
         }
+        said = samples.read(files[-1])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return Outcome(run, f"{files[-1]} cannot be read: {type(error).__name__}: {error}", folder=folder)
     if not numbers.get("prompts"):
@@ -247,18 +250,21 @@ def read(run: Run, folder: Path) -> Outcome:
         reason = f"{files[-1]} has no score for {run.task}"
     else:
         reason = ""
-    return Outcome(run, reason, scores, numbers, folder=folder)
+    return Outcome(run, reason, scores, numbers, said, folder=folder)
 
 
 def write_csv(outcomes: Iterable[Outcome], path: Path) -> None:
-    """One row per run and score, and one for each failed run."""
+    """One row per run and score, and one for each failed run; loyalty only where the unpruned model was run too."""
+    outcomes = list(outcomes)
     numbers = list(dict.fromkeys(name for o in outcomes for name in o.numbers))
+    whole = {o.run.task: o.said for o in outcomes if o.run.label == UNPRUNED}
     with replacing(path) as written, written.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["method", "keep", "task", "metric", "value", *numbers, "failed"])
+        table.writerow(["method", "keep", "task", "metric", "value", "loyalty", *numbers, "failed"])
         for o in outcomes:
+            loyal = samples.loyalty(o.said, whole.get(o.run.task, {}))
             for (task, metric), value in (o.scores or {(o.run.task, ""): math.nan}).items():
-                cells = [o.numbers.get(name, "") for name in numbers]
+                cells = ["" if loyal is None else loyal, *(o.numbers.get(name, "") for name in numbers)]
                 table.writerow([o.run.label, o.run.keep, task, metric, value, *cells, o.reason])
 
 
@@ -294,5 +300,6 @@ def _join(group: list[Outcome]) -> Outcome:
         numbers[name] = sum(o.numbers[name] * o.numbers["prompts"] for o in having) / weight
     numbers["prompts"] = sum(o.numbers["prompts"] for o in good)
     scores = {key: value for o in good for key, value in o.scores.items()}
+    said = {key: text for o in good for key, text in o.said.items()}
     reason = "; ".join(dict.fromkeys(o.reason for o in group if o.reason))
-    return Outcome(group[0].run, reason, scores, numbers, sum(o.seconds for o in group), group[0].folder)
+    return Outcome(group[0].run, reason, scores, numbers, said, sum(o.seconds for o in group), group[0].folder)

@@ -1,5 +1,7 @@
 """The lmms-eval integration, as far as it goes without lmms-eval: arguments, errors, plans, results, recipes."""
 
+import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +18,8 @@ import vtc_lmms_eval
 import vtc_tinyvlm
 from vtc.config import CompressionConfig
 from vtc.modules import LlavaMqtForConditionalGeneration
-from vtc_lmms_eval import EvaluationStopped, bases, runs, scenes
+from vtc.profiling.exam import fingerprint
+from vtc_lmms_eval import EvaluationStopped, bases, runs, samples, scenes
 from vtc_lmms_eval.arguments import split
 from vtc_lmms_eval.meter import Clock, Meter
 
@@ -343,11 +346,32 @@ def test_the_table_joins_tasks(tmp_path):
         runs.Outcome(a, "", {("t", "acc"): 0.4}, {"prompts": 1.0, "ttft_ms_median": 1.0}),
         runs.Outcome(b, "", {("u", "acc"): 0.5}, {"prompts": 3.0, "ttft_ms_median": 5.0}),
     ]
+    said = {("t", "0"): "a", ("t", "1"): "b"}, {("u", "0"): "c"}, {("t", "0"): "a", ("t", "1"): "x"}, {("u", "0"): "c"}
+    outcomes = [dataclasses.replace(o, said=each) for o, each in zip(outcomes, said, strict=True)]
     whole, pruned = runs.joined(outcomes)
+    assert samples.loyalty(pruned.said, whole.said) == pytest.approx(2 / 3)
     assert pruned.numbers == {"prompts": 4.0, "ttft_ms_median": 4.0}
     assert runs.retention(pruned, whole, runs.headlines(outcomes)) == pytest.approx(0.75)
     runs.write_csv(outcomes, tmp_path / "summary.csv")
-    assert len((tmp_path / "summary.csv").read_text().splitlines()) == 5
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [row["loyalty"] for row in rows] == ["1.0", "1.0", "0.5", "1.0"]
+    runs.write_csv(outcomes[2:], tmp_path / "summary.csv")  # nothing to be loyal to
+    assert [row["loyalty"] for row in csv.DictReader((tmp_path / "summary.csv").open())] == ["", ""]
+
+
+def test_answers_are_read_from_the_log_of_the_same_run(tmp_path):
+    results(tmp_path, GOOD, SCORES)
+    where = tmp_path / "model"
+    lines = [{"doc_id": 0, "filtered_resps": "a  cat"}, {"doc_id": 1, "filtered_resps": ["yes", 2]}]
+    (where / "2026_samples_t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (where / "2025_samples_t.jsonl").write_text("an older run's\n")
+    found = runs.read(runs.plan(["none"], [], [], ["t"])[0], tmp_path)
+    assert not found.reason
+    assert found.said == {("t", "0"): fingerprint("a cat"), ("t", "1"): fingerprint('["yes", 2]')}
+    assert samples.loyalty(found.said, {("t", "1"): fingerprint("no")}) == 0.0
+    assert samples.loyalty(found.said, {}) is None
+    (where / "2026_samples_t.jsonl").write_text("{}\n")
+    assert "cannot be read: KeyError" in runs.read(found.run, tmp_path).reason
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes

@@ -1,5 +1,6 @@
 """lmms-eval itself with pruned models, and `vtc eval`: the shipped one on its scenes, against our own evaluation."""
 
+import csv
 import importlib.util
 import json
 
@@ -135,6 +136,10 @@ def test_vtc_eval_compares_and_resumes(tmp_path):
     assert first.exit_code == 0, first.output
     assert "divprune" in first.output
     assert "144.0 → 36.0" in first.output
+    (whole, pruned) = (own_answers(method)[:12] for method in (None, vtc.DivPrune(keep=0.25)))
+    loyal = sum(a == b for a, b in zip(whole, pruned, strict=True)) / 12
+    rows = csv.DictReader((tmp_path / "summary.csv").open())
+    assert {(row["method"], float(row["loyalty"])) for row in rows} == {("none", 1.0), ("divprune", loyal)}
     logs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")}
     assert len(logs) == 2
     again = CliRunner().invoke(app, [*command, "--method", "divprune"], env={"COLUMNS": "200"})

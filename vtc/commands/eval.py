@@ -113,21 +113,21 @@ def _run(todo: list[Any], settings: Settings, out: Path) -> list[Outcome]:
 
 def show(console: Console, outcomes: list[Outcome]) -> None:
     """One row per method and keep: the first metric of every task, tokens and times."""
-    from vtc_lmms_eval import runs
+    from vtc_lmms_eval import runs, samples
 
     rows = runs.joined(outcomes)
     shown = runs.headlines(rows)
     whole = next((row for row in rows if row.run.label == "none"), None)
-    head = ["method", "keep", *(f"{task}\n{metric}" for task, metric in shown), "retention"]
+    head = ["method", "keep", *(f"{task}\n{metric}" for task, metric in shown), "retention\nloyalty"]
     table = Table(*head, "visual tokens", "TTFT ms", "decode\ntokens/s", "realised\nfraction")
     for row in rows:
-        share = None if whole is None else runs.retention(row, whole, shown)
+        shares = [] if whole is None else [runs.retention(row, whole, shown), samples.loyalty(row.said, whole.said)]
         n = row.numbers
         table.add_row(
             row.run.label,
             row.run.keep,
             *(f"{row.scores[key]:.4f}" if key in row.scores else "failed" for key in shown),
-            "" if share is None else f"{share:.1%}",
+            "\n".join("-" if share is None else f"{share:.1%}" for share in shares),
             f"{n['visual_tokens_before']:.1f} → {n['visual_tokens_after']:.1f}" if "visual_tokens_before" in n else "",
             *(f"{n[k]:.{d}f}" if k in n else "" for k, d in _COLUMNS),
         )
@@ -135,7 +135,8 @@ def show(console: Console, outcomes: list[Outcome]) -> None:
     if any(row.numbers.get("prompts") for row in rows):
         console.print(
             "TTFT: median over generate calls, vision tower included; realised fraction: measured over FLOPs speed-up "
-            "of the prefill, median of the first prompts; retention: mean score / unpruned score.",
+            "of the prefill, median of the first prompts; retention: mean score / unpruned score; loyalty: answers "
+            "that are the unpruned model's, word for word.",
             style="dim",
         )
 
