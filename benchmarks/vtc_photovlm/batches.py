@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc_tinyvlm.batches import hide_from_answer
+from vtc_tinyvlm.building import EOS, PAD
 
 from .charts import Chart
 from .data import SPLITS, example
@@ -19,7 +20,7 @@ from .marks import patch_labels
 from .photos import SIZE, Photo
 from .questions import TYPES, TextQuestion, sample_questions
 from .scenes import Scene, shipped_assets
-from .vocabulary import EOS, PAD, pieces
+from .vocabulary import pieces
 
 KINDS: dict[type, tuple[str, ...]] = {
     Photo: ("exist", "exist", "count", "where", "rel", "rel", "leftmost", "sign"),

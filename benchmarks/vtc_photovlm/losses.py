@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc_tinyvlm import fast
+from vtc_tinyvlm.building import BOS
 from vtc_tinyvlm.losses import at, bar_row
 
 from .batches import CELLS, IGNORE, NAMED, Batch, Source
 from .questions import TYPES
-from .vocabulary import BOS, VOCABULARY
+from .vocabulary import VOCABULARY
 
 NOTHING = 0.1
 """Weight of patches under which nothing stands that has a name: most of them, and learnt at once."""

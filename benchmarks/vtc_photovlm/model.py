@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vtc_tinyvlm.building import generation_config, llama_config, llava_options, processor_options, square_images
+
 from . import encoder
 from .cache import Unavailable, folder, sha256
 from .photos import SIZE
 from .sources import FONTS, PICTURES
-from .vocabulary import BOS, EOS, IMAGE, PAD, VOCABULARY, build_tokenizer
+from .vocabulary import VOCABULARY, build_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 FEATURE_LAYERS = (6, 12)
@@ -25,46 +27,19 @@ WIDTH, LAYERS = 256, 6
 
 def build_config(width: int = WIDTH, layers: int = LAYERS, vision: Any = None) -> Any:
     """A ``LlavaConfig``: DINOv2 ViT-S/14 -> projector -> Llama; 256 visual tokens."""
-    from transformers import LlamaConfig, LlavaConfig
+    from transformers import LlavaConfig
 
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        head_dim=64,
-        max_position_embeddings=512,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
-    return LlavaConfig(
-        vision_config=vision or encoder.build_config(SIZE),
-        text_config=text,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
-        projector_hidden_act="gelu",
-        vision_feature_layer=list(FEATURE_LAYERS),
-        vision_feature_select_strategy="default",
-        image_seq_length=IMAGE_TOKENS,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
+    text = llama_config(len(VOCABULARY), width, width * 11 // 4, layers)
+    vision = vision or encoder.build_config(SIZE)
+    return LlavaConfig(**llava_options(vision, text, IMAGE_TOKENS, list(FEATURE_LAYERS)))
 
 
 def assemble(config: Any) -> Any:
     """A freshly initialised model of this config (seed torch first); its tower is not yet the encoder."""
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-    )
+    model.generation_config = generation_config(MAX_NEW_TOKENS)
     return model
 
 
@@ -73,19 +48,8 @@ def build_processor() -> Any:
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=list(encoder.IMAGE_MEAN),
-        image_std=list(encoder.IMAGE_STD),
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=build_tokenizer(),
-        patch_size=encoder.PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    images = CLIPImageProcessorPil(**square_images(SIZE, encoder.IMAGE_MEAN, encoder.IMAGE_STD))
+    return LlavaProcessor(image_processor=images, tokenizer=build_tokenizer(), **processor_options(encoder.PATCH))
 
 
 def fold(state: dict[str, Tensor], mean: Tensor, deviation: Tensor) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtc_tinyvlm.building import SPECIAL, fast_tokenizer
+
 from .catalogue import CLASSES, PLURALS
 from .charts import COLORS, MONTHS
 from .documents import KEYS, WORDS
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
-PAD, BOS, EOS, UNK, IMAGE = range(5)
 _PLAIN = (
     "what", "which", "how", "many", "is", "are", "there", "the", "a", "an", "of", "in", "on", "or", "?",
     "corner", "number", "sign", "farthest", "value", "bar", "color", "month", "highest", "lowest",
@@ -43,23 +43,7 @@ def _word(word: str) -> list[int]:
 
 def build_tokenizer(model_max_length: int = 512) -> Any:
     """The tokenizer as a fast one of transformers, left padding, with a leading ``<bos>``."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import decoders, models
 
-    backend = Tokenizer(models.WordPiece(VOCABULARY, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.WordPiece(cleanup=False)
-    backend.add_special_tokens(list(SPECIAL))
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    pieces_of = models.WordPiece(VOCABULARY, unk_token="<unk>")
+    return fast_tokenizer(pieces_of, decoders.WordPiece(cleanup=False), model_max_length)

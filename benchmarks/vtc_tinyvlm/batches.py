@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .building import PAD
 from .data import example
-from .model import IMAGE_MEAN, IMAGE_STD, PAD, VOCABULARY
+from .model import IMAGE_MEAN, IMAGE_STD, VOCABULARY
 from .questions import TYPES
 from .scenes import COLOR_NAMES, GRID, LATTICE, SHAPES, SIZE, patch_owner, render
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import fast
 from .batches import IGNORE, KINDS, PATCH_CLASSES, POSITIONS, Batch, make_batch
-from .model import BOS, EOS
+from .building import BOS, EOS
 from .questions import TYPES
 
 PATCH_WEIGHT = 0.3  # of the vision heads once the language model trains (1 before)

@@ -5,6 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .building import (
+    SPECIAL,
+    fast_tokenizer,
+    generation_config,
+    llama_config,
+    llava_options,
+    processor_options,
+    square_images,
+)
 from .questions import DIRECTIONS
 from .scenes import COLOR_NAMES, PATCH, SHAPES, SIZE
 
@@ -12,8 +21,6 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 IMAGE_MEAN, IMAGE_STD = 0.45, 0.25
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
-PAD, BOS, EOS, UNK, IMAGE = range(5)
 _PLAIN = (
     "what", "color", "shape", "digit", "is", "are", "the", "a", "on", "object", "objects", "how", "many", "there", "?",
     "nothing", "yes", "no",
@@ -27,7 +34,7 @@ VOCABULARY = {
 
 def build_config() -> Any:
     """A LlavaConfig: CLIP ViT (5 layers, width 128) -> projector -> Llama (5 layers, width 192); 144 visual tokens."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import CLIPVisionConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -39,82 +46,28 @@ def build_config() -> Any:
         hidden_act="gelu",
         projection_dim=128,
     )
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=512,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
-        projector_hidden_act="gelu",
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=IMAGE_TOKENS,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
+    text = llama_config(len(VOCABULARY), width=192, inner=512, layers=5)
+    return LlavaConfig(**llava_options(vision, text, IMAGE_TOKENS))
 
 
 def build_model() -> Any:
     """A freshly initialised LlavaForConditionalGeneration (seed torch first)."""
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration(build_config())
-    model.generation_config = GenerationConfig(
-        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=3, do_sample=False
-    )
+    model.generation_config = generation_config(max_new_tokens=3)
     return model
 
 
 def build_processor() -> Any:
     """A LlavaProcessor of a word-level tokenizer and CLIP's Pillow image processor."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from tokenizers import models
+    from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(list(SPECIAL))
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=[IMAGE_MEAN] * 3,
-        image_std=[IMAGE_STD] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    tokenizer = fast_tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    images = CLIPImageProcessorPil(**square_images(SIZE, [IMAGE_MEAN] * 3, [IMAGE_STD] * 3))
+    return LlavaProcessor(image_processor=images, tokenizer=tokenizer, **processor_options(PATCH))
 
 
 def save(model: Any, directory: str | Path = CHECKPOINT, processor: Any = None) -> None:

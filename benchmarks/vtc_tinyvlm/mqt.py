@@ -21,8 +21,8 @@ from vtc.modules import MatryoshkaQueryTransformer, draw_queries
 
 from . import fast, loop, losses, mqt_model
 from .batches import KINDS, Batch, make_batch
+from .building import EOS
 from .data import SPLITS
-from .model import EOS
 from .mqt_model import HEADS, QUERIES
 from .questions import TYPES
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from vtc_tinyvlm.batches import IGNORE, PATCH_CLASSES, hide_from_answer, normalise
-from vtc_tinyvlm.model import PAD, VOCABULARY
+from vtc_tinyvlm.building import PAD
+from vtc_tinyvlm.model import VOCABULARY
 from vtc_tinyvlm.questions import TYPES
 from vtc_tinyvlm.scenes import COLOR_NAMES, GRID, LATTICE, PATCH, SHAPES, SIZE, Scene, patch_owner, render
 

@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from vtc.profiling.provenance import provenance
+from vtc_tinyvlm.building import IMAGE
 from vtc_tinyvlm.evaluate import SCORES, generate, percent, prepare, score, type_rows, write_csv
 from vtc_tinyvlm.questions import TYPES
 
 from .data import split_questions
-from .model import CHECKPOINT, IMAGE, IMAGE_TOKENS, load
+from .model import CHECKPOINT, IMAGE_TOKENS, load
 
 
 def generate_from_thumbnail(model: Any, processor: Any, batch: dict[str, Any]) -> list[str]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vtc_tinyvlm import fast
 from vtc_tinyvlm.batches import IGNORE, PATCH_CLASSES
+from vtc_tinyvlm.building import BOS, EOS
 from vtc_tinyvlm.losses import REFERENT_LAYER, TARGET_LAYER, at, bar_answer_row
-from vtc_tinyvlm.model import BOS, EOS, IMAGE_TOKENS
+from vtc_tinyvlm.model import IMAGE_TOKENS
 from vtc_tinyvlm.questions import TYPES
 from vtc_tinyvlm.scenes import GRID, PATCH
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import vtc_tinyvlm.model as first
-from vtc_tinyvlm.model import BOS, EOS, IMAGE, IMAGE_MEAN, IMAGE_STD, IMAGE_TOKENS, PAD
+from vtc_tinyvlm.building import generation_config, llava_options, processor_options, square_images
+from vtc_tinyvlm.model import IMAGE_MEAN, IMAGE_STD, IMAGE_TOKENS
 from vtc_tinyvlm.scenes import PATCH, SIZE
 
 from .scenes import FULL
@@ -22,35 +23,20 @@ def build_config() -> Any:
 
     base = first.build_config()
     base.text_config.max_position_embeddings = MAX_POSITIONS
-    return LlavaNextConfig(
-        vision_config=base.vision_config,
-        text_config=base.text_config,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
-        projector_hidden_act="gelu",
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=IMAGE_TOKENS,
-        image_grid_pinpoints=PINPOINTS,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
+    options = llava_options(base.vision_config, base.text_config, IMAGE_TOKENS)
+    return LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **options)
 
 
 def build_model(warm: bool = True) -> Any:
     """A LlavaNextForConditionalGeneration; with `warm`, all but image_newline is the first checkpoint's."""
-    from transformers import GenerationConfig, LlavaNextForConditionalGeneration
+    from transformers import LlavaNextForConditionalGeneration
 
     model = LlavaNextForConditionalGeneration(build_config())
     if warm:
         missing, unexpected = model.load_state_dict(first.load()[0].state_dict(), strict=False)
         assert missing == ["model.image_newline"], missing
         assert not unexpected, unexpected
-    model.generation_config = GenerationConfig(
-        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=3, do_sample=False
-    )
+    model.generation_config = generation_config(max_new_tokens=3)
     return model
 
 
@@ -61,20 +47,9 @@ def build_processor() -> Any:
 
     tokenizer = first.build_processor().tokenizer
     tokenizer.model_max_length = MAX_POSITIONS
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=[IMAGE_MEAN] * 3,
-        image_std=[IMAGE_STD] * 3,
-        image_grid_pinpoints=PINPOINTS,
-    )
-    return LlavaNextProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    square = square_images(SIZE, [IMAGE_MEAN] * 3, [IMAGE_STD] * 3)
+    images = LlavaNextImageProcessorPil(image_grid_pinpoints=PINPOINTS, **square)
+    return LlavaNextProcessor(image_processor=images, tokenizer=tokenizer, **processor_options(PATCH))
 
 
 def save(model: Any, directory: str | Path = CHECKPOINT) -> None:

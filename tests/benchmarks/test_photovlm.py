@@ -44,7 +44,7 @@ from vtc_photovlm import (  # noqa: E402
     train,
     vocabulary,
 )
-from vtc_tinyvlm import fast  # noqa: E402
+from vtc_tinyvlm import building, fast  # noqa: E402
 
 HERE = Path(photovlm.__file__).parent
 sys.path.append(str(Path(__file__).parents[2]))  # benchmarks/accuracy.py is no part of the installed package
@@ -430,7 +430,7 @@ def test_a_batch_says_what_its_questions_say() -> None:
         for q, question in enumerate(source().ask(data.example("train", index, ASSETS)[0], index, epoch)):
             labels = batch.labels[b, q]
             assert tokenizer.decode(labels[labels >= 0]) == f"{question.answer} <eos>"
-            assert int(batch.labels[b, q, batch.last[b, q]]) == vocabulary.EOS
+            assert int(batch.labels[b, q, batch.last[b, q]]) == building.EOS
             words = tokenizer.decode(batch.questions[b, q, : batch.last[b, q] + 1])
             assert words == f"{question.text} {question.answer}"
             for j, (word, x, _) in enumerate(question.named):

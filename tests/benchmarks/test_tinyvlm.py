@@ -199,7 +199,7 @@ def test_packed_training_pass_is_the_stock_model(loaded):
 
     from vtc_tinyvlm import fast, losses
     from vtc_tinyvlm.batches import KINDS, make_batch
-    from vtc_tinyvlm.model import BOS, IMAGE
+    from vtc_tinyvlm.building import BOS, IMAGE
 
     model, _ = loaded
     batch = make_batch(data.SPLITS["validation"], 0, 2, KINDS)
@@ -220,7 +220,8 @@ def test_relations_are_read_from_two_objects(loaded):
     import torch
 
     from vtc_tinyvlm.batches import normalise
-    from vtc_tinyvlm.model import BOS, VOCABULARY
+    from vtc_tinyvlm.building import BOS
+    from vtc_tinyvlm.model import VOCABULARY
 
     model, _ = loaded
     right, asked = {"named": 0, "asked for": 0, "both": 0}, 0

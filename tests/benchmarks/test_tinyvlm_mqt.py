@@ -16,7 +16,7 @@ pytest.importorskip("typer")
 import vtc  # noqa: E402
 from vtc_tinyvlm import data, fast, losses, mqt, mqt_model, questions  # noqa: E402
 from vtc_tinyvlm.batches import KINDS, make_batch  # noqa: E402
-from vtc_tinyvlm.model import BOS, IMAGE  # noqa: E402
+from vtc_tinyvlm.building import BOS, IMAGE  # noqa: E402
 
 HERE = Path(tiny.__file__).parent
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -141,7 +141,7 @@ def test_packed_training_pass_is_the_stock_model(loaded):
     import torch
 
     from vtc_tinyvlm import fast
-    from vtc_tinyvlm.model import BOS, IMAGE
+    from vtc_tinyvlm.building import BOS, IMAGE
     from vtc_tinyvlm_next import losses
     from vtc_tinyvlm_next.batches import KINDS, make_batch
 
@@ -225,8 +225,8 @@ def test_thumbnail_only_is_the_model_without_the_crops_tokens(loaded):
     """Removing crop tokens by mask equals really removing them with positions kept."""
     import torch
 
+    from vtc_tinyvlm.building import IMAGE
     from vtc_tinyvlm.evaluate import prepare
-    from vtc_tinyvlm.model import IMAGE
     from vtc_tinyvlm_next.evaluate import generate_from_thumbnail
 
     model, processor = loaded
