@@ -1,7 +1,7 @@
 """`python docs/site/links.py FOLDER`: does every link inside a built site lead to something? Ends with an error if not.
 
 `mkdocs build --strict` checks the links that pages write; this checks those of docstrings and of the theme too, with
-their anchors. Links to other sites are not followed.
+their anchors, and that no page loads anything from elsewhere. Links to other sites are not followed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Links(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
         self.links: set[str] = set()
+        self.loaded: set[str] = set()
         self.anchors: set[str] = set()
         self.feed(page)
 
@@ -27,17 +28,21 @@ class Links(HTMLParser):
         for name, value in attrs:
             if value and name in ("href", "src"):
                 self.links.add(value)
+                if name == "src" or ("rel", "stylesheet") in attrs:
+                    self.loaded.add(value)
             elif value and name in ("id", "name"):
                 self.anchors.add(value)
 
 
 def broken(site: Path) -> Iterator[str]:
-    """One line for each link that leads nowhere; the page of errors is left out, whose links are those of a server."""
+    """One line for each that is wrong; the page of errors is left out, whose links are those of a server."""
     pages = {path: Links(path.read_text()) for path in site.rglob("*.html") if path != site / "404.html"}
     for page, found in sorted(pages.items()):
         for link in sorted(found.links):
             url = urlsplit(link)
             if url.scheme or url.netloc:
+                if link in found.loaded and url.scheme != "data":
+                    yield f"{page.relative_to(site)}: {link} is loaded from elsewhere"
                 continue
             target = (page.parent / unquote(url.path)).resolve() if url.path else page
             target = target / "index.html" if target.is_dir() else target

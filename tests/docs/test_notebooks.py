@@ -30,10 +30,11 @@ def test_a_notebook_runs(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_was_run_as_it_stands_and_is_small(path):
+def test_a_notebook_was_run_as_it_stands_and_said_little(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert path.stat().st_size < 128_000
+    assert [out.text for cell in cells for out in cell.outputs if out.get("name") == "stderr"] == []
 
 
 def test_a_notebook_that_fails_is_heard(tmp_path):

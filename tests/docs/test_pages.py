@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,3 +100,26 @@ def test_commands_of_vtc_are_what_the_command_line_takes(page):
 def test_another_command_would_be_refused(words):
     with pytest.raises((KeyError, SystemExit)):
         parse(words.split())
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('<a href="there.html#part">', ""),
+        ('<a href="https://elsewhere.org">', ""),
+        ('<a href="folder/">', ""),
+        ('<a href="gone.html">', "page.html: gone.html is not there"),
+        ('<a href="there.html#gone">', "page.html: there.html#gone has no such anchor"),
+        ('<a href="#gone">', "page.html: #gone has no such anchor"),
+        ('<img src="gone.png">', "page.html: gone.png is not there"),
+        ('<script src="https://cdn.org/a.js"></script>', "page.html: https://cdn.org/a.js is loaded from elsewhere"),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_found(tmp_path, body, said):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "index.html").touch()
+    (tmp_path / "there.html").write_text('<h2 id="part">')
+    (tmp_path / "page.html").write_text(body)
+    command = [sys.executable, str(ROOT / "docs" / "site" / "links.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (int(bool(said)), said)
