@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -22,13 +21,14 @@ LOCK = ROOT / "requirements" / "transformers-5.24.txt"
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "vtc" / "__init__.py").read_text(), flags=re.M)[1]
 """Read, since vtc is not installed here."""
 EXAMPLE = """
-import pathlib, torch, vtc, vtc_tinyvlm
-assert vtc.__version__ == {version!r}
-assert not pathlib.Path(vtc.__file__).is_relative_to({root!r}), vtc.__file__
-assert (vtc_tinyvlm.CHECKPOINT / "model.safetensors").exists()
-kept = vtc.select("divprune", torch.randn(144, 64), keep=36)
-assert len(kept.index) == 36
-print("works")
+import pathlib, torch, transformers, vtc
+here = pathlib.Path(vtc.__file__).parents[1]
+assert vtc.__version__ == {version!r} and not here.is_relative_to({root!r}), here
+model = transformers.AutoModelForImageTextToText.from_pretrained(here / "vtc_tinyvlm" / "checkpoint")
+ids = torch.tensor([[model.config.image_token_id] * 144 + [5, 6]])
+with vtc.patch(model, "divprune", keep=0.25) as pruned:
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 96, 96))
+print(len(pruned.last_keep[0][0]), "tokens")
 """
 
 
@@ -68,26 +68,35 @@ def test_licence_and_notice_are_in_both(distributions):
     assert not {name for name in sdist if name.startswith(("tests/", ".ci/"))}
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_it_works_where_nothing_else_is_installed(distributions, kind, tmp_path):
-    """With what it requires and no extra; beside it, no other package is named."""
-    python = installed(tmp_path, str(distributions[kind]))
-    assert run("-c", EXAMPLE.format(version=VERSION, root=str(ROOT)), python=python, cwd=tmp_path) == "works\n"
+def test_the_sdist_works_where_nothing_else_is_installed(distributions, tmp_path):
+    python = environment(tmp_path)
+    install(python, str(distributions["sdist"]))
+    assert example(python, tmp_path) == "36 tokens\n"
 
 
-def test_all_brings_what_the_demo_needs(distributions, tmp_path):
-    python = installed(tmp_path, f"{distributions['wheel']}[all]")
+def test_so_does_the_wheel_and_all_brings_what_the_demo_needs(distributions, tmp_path):
+    python = environment(tmp_path)
+    install(python, str(distributions["wheel"]))
+    assert example(python, tmp_path) == "36 tokens\n"
+    install(python, f"{distributions['wheel']}[all]")
     command = str(Path(python).with_name("vtc"))
-    assert VERSION in run("--version", python=command, cwd=tmp_path)
-    assert "accuracy, 6 questions" in run("demo", "--questions", "6", python=command, cwd=tmp_path)
+    assert run("--version", python=command, cwd=tmp_path) == f"vtc {VERSION}\n"
+    assert "kept tokens: vtc-demo.png" in run("demo", "--questions", "6", python=command, cwd=tmp_path)
+    assert (tmp_path / "vtc-demo.png").stat().st_size > 1000
 
 
-def installed(folder: Path, requirement: str) -> str:
-    """The interpreter of a new environment with this in it, from the lock."""
+def environment(folder: Path) -> str:
+    """The interpreter of a new one, with nothing in it."""
     run("-m", "venv", "--without-pip", str(folder / "venv"))
-    python = str(folder / "venv" / "bin" / "python")
-    environment = os.environ | {"UV_LINK_MODE": "hardlink"}
+    return str(folder / "venv" / "bin" / "python")
+
+
+def install(python: str, requirement: str) -> None:
+    """With what it requires, from the lock and no other version."""
     command = ["uv", "pip", "install", "-q", "--python", python, "-c", str(LOCK), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return python
+
+
+def example(python: str, folder: Path) -> str:
+    return run("-c", EXAMPLE.format(version=VERSION, root=str(ROOT)), python=python, cwd=folder)
