@@ -34,6 +34,20 @@ def pages_with(language: str) -> list[str]:
     return sorted(name for name, text in TEXTS.items() if language in dict(BLOCKS.findall(text)))
 
 
+READ_OTHERWISE = {
+    "a line of text as a heading": r"^#+[^# \n]",
+    "a list as text": r"^(?![-*+#|<>\s]|\d+\. ).+\n(?:[-*+]|\d+\.) ",
+    "a table inside a list as text": r"^ {1,3}\|",
+}
+"""What MkDocs takes for something else than GitHub does."""
+
+
+@pytest.mark.parametrize("page", sorted(TEXTS))
+def test_a_page_reads_the_same_on_the_site(page):
+    prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.S | re.M)
+    assert {what for what, wrong in READ_OTHERWISE.items() if re.search(wrong, prose, flags=re.M)} == set()
+
+
 def run(page: Path) -> None:
     """All blocks of a page, one after the other, with what a reader has at hand: a model, a processor and inputs."""
     model, processor = vtc_tinyvlm.load()
