@@ -64,10 +64,12 @@ ONLY_NEWEST = (
 ONLY_ENDS = (
     "benchmarks/test_tinyvlm*.py",
     "benchmarks/test_photovlm.py",
+    "benchmarks/test_peers.py",
     "commands/test_*.py",
     "integrations/test_*.py",
     "profiling/test_*.py",
     "viz/test_*.py",
+    "worth/test_*.py",
 )
 """Tests of what stands on the engine: what passes on the oldest and on the newest release needs none between. Those of
 the engine itself run on every one."""

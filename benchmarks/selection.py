@@ -12,7 +12,9 @@ MMR             all cosines in float32, a running maximum (IDPruner)
 
 `gauss` tokens are unrelated to each other, the worst case for ruling tokens out; `scene` tokens resemble their
 neighbours in the grid. Both are random. In float32 the published loops may leave the exact picks after a near tie:
-`same` counts how many of the k picks the published loop and vtc have in common.
+`same` counts how many of the k picks the published loop and vtc have in common, `differ` and `differ_running` on how
+many of the inputs a loop picks others, or in another order. Before anything is timed vtc's picks are compared with the
+definition itself: the recursion in exact arithmetic, without any shortcut.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is 
 
 from benchmarks.gpu import published
 from vtc import ops
+from vtc.ops.recursion import unbranched
 from vtc.profiling.provenance import provenance
 from vtc_tinyvlm.evaluate import write_csv
 
@@ -85,7 +88,7 @@ def measure(case: tuple[str, str, int, int, int, int], threads: int, repeats: in
     fast, slow = OPS[op]
     loops = {"published": slow} | ({"running": published.running_minimum} if op == "farthest_first" else {})
     times: dict[str, list[float]] = {f"{s}{end}": [] for s in ("vtc", *loops) for end in ("", "_cpu")}
-    same = 0.0
+    same, differ = 0.0, dict.fromkeys(loops, 0)
     for i in range(repeats + 1):
         x = features(data, n, d, b, seed=i)
         sides: dict[str, Callable[[], Tensor]] = {"vtc": partial(fast, x, k)}
@@ -98,6 +101,10 @@ def measure(case: tuple[str, str, int, int, int, int], threads: int, repeats: in
             if i:
                 times[name].append(1e3 * wall)
                 times[f"{name}_cpu"].append(1e3 * cpu)
+        if i == 0 and not torch.equal(picks["vtc"], _by_definition(fast, x, k)):
+            raise RuntimeError(f"{op} {data} {n} -> {k}, d={d}: vtc does not pick what the definition says")
+        for name in loops:
+            differ[name] += int((picks[name] != picks["vtc"]).any(1).sum())
         both = zip(picks["vtc"].tolist(), picks["published"].tolist(), strict=True)
         same += statistics.mean(len(set(ours) & set(theirs)) for ours, theirs in both)
     row: dict[str, Any] = {"op": op, "data": data, "N": n, "k": k, "d": d, "B": b, "threads": threads}
@@ -116,7 +123,13 @@ def measure(case: tuple[str, str, int, int, int, int], threads: int, repeats: in
             theirs = times.get(f"{name}{end}")
             ratios = [a / b for a, b in zip(theirs, times[f"vtc{end}"], strict=True)] if theirs else None
             row[f"{column}{end}"] = statistics.median(ratios) if ratios else None
-    return row | {"repeats": repeats, "same": same / (repeats + 1)}
+    row |= {"repeats": repeats, "same": same / (repeats + 1), "inputs": b * (repeats + 1)}
+    return row | {"differ": differ["published"], "differ_running": differ.get("running")}
+
+
+def _by_definition(fast: Callable[[Tensor, int], Tensor], x: Tensor, k: int) -> Tensor:
+    with unbranched():
+        return fast(x, k)
 
 
 def _each(loop: Callable[[Tensor, int], Tensor], x: Tensor, k: int) -> Tensor:

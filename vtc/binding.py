@@ -7,6 +7,7 @@ from typing import Any
 
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
+from vtc.dialect import compilers
 from vtc.dialect.generation import wrapped_methods
 from vtc.dialect.releases import warn_if_untested
 from vtc.engine.calibration import Calibrator
@@ -21,7 +22,11 @@ from vtc.models import Adapter, Parts, UnsupportedModelError
 from vtc.models.base import MODALITIES
 from vtc.places import Projector, Tower
 from vtc.signals import DecoderSignal, Pixels, TowerSignal
+from vtc.tokens import Layout
 from vtc.values import shown
+
+SOME_TOKENS = 1024
+"""Of an image that methods are asked about before any is seen."""
 
 
 def parse_request(
@@ -30,6 +35,7 @@ def parse_request(
     positions: str | None,
     options: dict[str, Any],
     calibration: str | None = None,
+    when: str | None = None,
 ) -> tuple[CompressionConfig, Method]:
     """What the arguments of :func:`vtc.patch` ask for."""
     if isinstance(method, str):
@@ -42,14 +48,24 @@ def parse_request(
             f"(given: {', '.join([*(['keep'] if keep is not None else []), *options])})"
         )
     elif isinstance(method, CompressionConfig):
-        chosen, positions = method.build(), positions or method.positions
-        calibration = calibration or method.calibration
+        chosen = method.build()
+        positions = method.positions if positions is None else positions
+        calibration = method.calibration if calibration is None else calibration
+        when = method.when if when is None else when
     else:
         chosen = method
-    return CompressionConfig.of(chosen, positions, calibration), chosen  # type: ignore[arg-type]
+    when = "always" if when is None else when
+    return CompressionConfig.of(chosen, positions, calibration, when), chosen  # type: ignore[arg-type]
 
 
-def bind(adapter: Adapter, parts: Parts, method: Method, positions: str, calibration: str | None = None) -> Method:
+def bind(
+    adapter: Adapter,
+    parts: Parts,
+    method: Method,
+    positions: str,
+    calibration: str | None = None,
+    when: str = "always",
+) -> Method:
     """The method, settled for this model; all that can be refused is refused here, before anything is touched."""
     name = type(parts.root).__name__
     _check_not_patched(parts)
@@ -86,6 +102,8 @@ def bind(adapter: Adapter, parts: Parts, method: Method, positions: str, calibra
         )
     if calibration is not None:
         _check_calibration(parts, chooser, calibration, positions)
+    if when == "worthwhile":
+        _check_worthwhile(parts, chooser)
     wrapped_methods(parts.root, parts.decoder, bool(inside), calibration is not None)
     warn_if_untested()
     return method
@@ -107,10 +125,12 @@ def bind_classifier(adapter: Adapter, parts: Parts, method: Method, config: Comp
         not all(isinstance(step.stage.at, Tower) for step in steps)
         or config.calibration
         or config.positions != "original"
+        or config.when != "always"
     ):
         raise ValueError(
-            f"{name} is an image classifier, without a language model that {shown(method)}, positions or calibration "
-            "could act on. What would work: vtc.ZeroTPrune() or vtc.InTower(), whose patches leave inside its blocks"
+            f"{name} is an image classifier, without a language model that {shown(method)}, positions, calibration "
+            "or when could act on. What would work: vtc.ZeroTPrune() or vtc.InTower(), whose patches leave inside its "
+            "blocks"
         )
     for step in steps:
         _refuse_missing(adapter, parts, step)
@@ -164,6 +184,32 @@ def _check_calibration(parts: Parts, chooser: Chooser, calibration: str, positio
             f"{what} with positions='compact': RESTORE, which published calibration, measured that it costs accuracy "
             "where positions are renumbered, and gains only where tokens keep theirs (positions='original')",
             stacklevel=4,
+        )
+
+
+def _check_worthwhile(parts: Parts, chooser: Chooser) -> None:
+    """Refuse to decide by batch where nothing is known ahead.
+
+    Raises:
+        ValueError: the message says what would work.
+    """
+    what, works = "when='worthwhile'", "What would work: when='always'"
+    if chooser.tower:
+        raise ValueError(
+            f"{what} decides when a prompt enters the language model, and {chooser.method.name!r} lets patches leave "
+            f"inside the vision tower before. {works}; or a method that drops them behind it, e.g. 'divprune'"
+        )
+    some = (SOME_TOKENS,)
+    for step in (*chooser.steps, *chooser.inside):
+        if step.most((Layout.plain(*some),), some, some) is None:
+            raise ValueError(
+                f"{what} compares what tokens that leave would save, and nothing bounds ahead how many "
+                f"{step.method.name!r} keeps. {works}; or a method whose keep does, e.g. 'divprune'"
+            )
+    if compilers.compiled_inside(parts.root.modules()):
+        raise ValueError(
+            f"{what} compares with what an uncompiled prefill takes here, and this {type(parts.root).__name__} was "
+            f"compiled with torch.compile. {works}, or the model uncompiled"
         )
 
 

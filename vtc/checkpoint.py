@@ -47,11 +47,19 @@ class PrunedImage:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, how many visual tokens its prompt had, and what stayed of them (unpruned: no images)."""
+    """What the model said, and what stayed of its prompt.
+
+    Attributes:
+        text: the answer.
+        total: visual tokens that the prompt had.
+        images: what stayed of each; unpruned: none.
+        verdict: with ``when="worthwhile"``, whether it was pruned, and why.
+    """
 
     text: str
     total: int
     images: tuple[PrunedImage, ...] = ()
+    verdict: str = ""
 
     @property
     def kept(self) -> int:
@@ -116,7 +124,9 @@ class Checkpoint:
             return Answer(self._generate(inputs, max_new_tokens), total)
         with patch(self.model, config) as handle:
             text = self._generate(inputs, max_new_tokens)
-            return Answer(text, total, self._pruned_images(handle, inputs.get("pixel_values")))
+            found = None if handle.last_keep is None else handle.report().verdict
+            images = self._pruned_images(handle, inputs.get("pixel_values"))
+            return Answer(text, total, images, "" if found is None else str(found))
 
     def _pruned_images(self, handle: Patch, pixels: Tensor | None) -> tuple[PrunedImage, ...]:
         if handle.last_keep is None or handle.last_layouts is None:

@@ -32,6 +32,7 @@ from vtc.commands.shared import (
     MethodName,
     Options,
     Positions,
+    When,
     build_config,
     clear_errors,
     parse_keep,
@@ -99,6 +100,7 @@ def run(
     option: Options = None,
     positions: Positions = None,
     calibration: Calibration = None,
+    when: When = "always",
     overlay: Annotated[Path | None, typer.Option(help="Write the image with the kept tokens drawn on it.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Print the unpruned model's answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="The answer is cut there.")] = 64,
@@ -107,7 +109,7 @@ def run(
 ) -> None:
     """Ask any checkpoint one question about one image, pruned."""
     with clear_errors():
-        config = build_config(method, keep, option, positions, calibration)
+        config = build_config(method, keep, option, positions, calibration, when)
         from vtc.checkpoint import Checkpoint
         from vtc.viz.pixels import open_image
 
@@ -120,6 +122,8 @@ def run(
         typer.echo(f"{method}: {answer.text}" if compare else answer.text)
         share = answer.kept / max(1, answer.total)
         typer.echo(f"[{answer.kept} of {answer.total} visual tokens kept, {share:.1%}]", err=True)
+        if answer.verdict:
+            typer.echo(f"[{answer.verdict}]", err=True)
         if overlay is not None:
             with replacing(overlay) as written:
                 answer.draw(picture).save(written)

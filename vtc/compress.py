@@ -67,7 +67,7 @@ def compress_inputs(
     _takes_features(parts)
     inputs = dict(inputs)
     config, chosen = parse_request(method, keep, positions, options)
-    _without_calibration(config)
+    _check_carried(config)
     chosen = bind(adapter, parts, chosen, config.positions)
     chooser = _before_the_model(adapter, parts, chosen)
     call = parts.spellings.base.bind((), inputs)
@@ -120,11 +120,11 @@ def generate(
     adapter, parts = resolve(model)
     if handle is None:
         config, chosen = parse_request(method, keep, positions, {})  # type: ignore[arg-type]
-        _without_calibration(config)
+        _check_carried(config)
         place = config.positions
         chosen = bind(adapter, parts, chosen, place)
     else:
-        _without_calibration(handle.config)
+        _check_carried(handle.config)
         chosen, place = handle.method, handle.config.positions
     _takes_features(parts)
     chooser = _before_the_model(adapter, parts, chosen)
@@ -173,11 +173,16 @@ def _takes_features(parts: Parts) -> None:
         )
 
 
-def _without_calibration(config: CompressionConfig) -> None:
+def _check_carried(config: CompressionConfig) -> None:
     if config.calibration is not None:
         raise NotImplementedError(
             f"calibration={config.calibration!r} adds a bias in every layer and step, which a shortened prompt cannot "
             "carry; use vtc.patch(model, ...) and model.generate(), or leave the calibration out"
+        )
+    if config.when != "always":
+        raise NotImplementedError(
+            f"when={config.when!r} decides while a patched model runs, and here prompts are shortened before; use "
+            "vtc.patch(model, ...) and model.generate(), or when='always'"
         )
 
 

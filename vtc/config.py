@@ -23,6 +23,7 @@ from vtc.methods.registry import list_methods, method_class
 from vtc.values import shown
 
 Positions = Literal["original", "compact"]
+When = Literal["always", "worthwhile"]
 Calibration = Literal["size", "size+distance", "size+visual-distance"]
 
 
@@ -38,6 +39,8 @@ class CompressionConfig:
         version: of the format. This vtc writes version 1 and reads no newer one.
         calibration: what is added to the logits of attention, see :func:`vtc.patch`; ``None``: nothing. Only written
             down where it is something; releases that do not know it then refuse the file.
+        when: ``always``, or ``worthwhile``: prompts where pruning cannot pay are left alone, see :func:`vtc.patch`.
+            Written down as ``calibration`` is.
 
     Raises:
         ValueError: anything unknown or out of range; the message carries the offending value.
@@ -49,6 +52,7 @@ class CompressionConfig:
     positions: Positions = None  # type: ignore[assignment]
     version: int = 1
     calibration: Calibration | None = None
+    when: When = "always"
 
     VERSION: ClassVar[int] = 1
     FILE_NAME: ClassVar[str] = "vtc_config.json"
@@ -65,6 +69,8 @@ class CompressionConfig:
         if self.calibration is not None and self.calibration not in get_args(Calibration):
             known = ", ".join(map(repr, get_args(Calibration)))
             raise ValueError(f"calibration={shown(self.calibration)} is neither None nor one of {known}")
+        if self.when not in get_args(When):
+            raise ValueError(f"when={shown(self.when)} is neither 'always' nor 'worthwhile'")
         if not isinstance(self.method, str):
             raise ValueError(
                 f"method={shown(self.method)} is not the name of a method; see CompressionConfig.of(method)"
@@ -77,7 +83,11 @@ class CompressionConfig:
 
     @classmethod
     def of(
-        cls, method: Method, positions: Positions | None = None, calibration: Calibration | None = None
+        cls,
+        method: Method,
+        positions: Positions | None = None,
+        calibration: Calibration | None = None,
+        when: When = "always",
     ) -> CompressionConfig:
         """The config of a method as it is, with every option written down, defaults too.
 
@@ -85,11 +95,11 @@ class CompressionConfig:
             ValueError: the method's class is not registered, so that it could not be built again from its name.
         """
         _check_registered(method)
-        return cls(method.name, _options_of(method), positions, calibration=calibration)  # type: ignore[arg-type]
+        return cls(method.name, _options_of(method), positions, calibration=calibration, when=when)  # type: ignore[arg-type]
 
     def with_method(self, method: Method) -> CompressionConfig:
         """The same for another method, or for other options; as :meth:`of`."""
-        return self.of(method, self.positions, self.calibration)
+        return self.of(method, self.positions, self.calibration, self.when)
 
     def build(self) -> Method:
         """The method described."""
@@ -103,6 +113,7 @@ class CompressionConfig:
             "options": {name: _encode(value, name) for name, value in self.options.items()},
             "positions": self.positions,
             **({} if self.calibration is None else {"calibration": self.calibration}),
+            **({} if self.when == "always" else {"when": self.when}),
         }
 
     @classmethod

@@ -20,9 +20,9 @@ import transformers
 import vtc_tinyvlm
 from vtc.config import CompressionConfig
 from vtc.demo_photo import Photograph, ask_photograph
+from vtc.devices import device_name
 from vtc.patching import patch
 from vtc.profiling.intervals import wilson
-from vtc.profiling.provenance import device_name
 from vtc.profiling.spread import Spread
 from vtc.profiling.timing import PrefillTime, rounds
 from vtc.viz import overlay as draw

@@ -105,6 +105,8 @@ class Patch:
     def report(self) -> Report:
         """Tokens per layer, their average, and the language model's FLOPs for the last prompt with images.
 
+        With ``when="worthwhile"`` also whether that prompt was pruned or left alone, and why.
+
         Raises:
             ValueError: there was none yet.
         """
@@ -114,7 +116,7 @@ class Patch:
         kept = last.kept()
         stages = [(after, [sum(map(len, images)) for images in samples]) for after, samples in kept]
         report = Report.of(Decoder.of(self.stage.parts.decoder), last.lengths, given, stages)
-        return dataclasses.replace(report, layouts=self.last_layouts or [], stages=kept)
+        return dataclasses.replace(report, layouts=self.last_layouts or [], stages=kept, verdict=last.plan.verdict)
 
     @property
     def last_layouts(self) -> list[list[Layout]] | None:
@@ -170,6 +172,8 @@ class Patch:
         how = f"positions={self.config.positions!r}"
         if self.config.calibration is not None:
             how += f" calibration={self.config.calibration!r}"
+        if self.config.when != "always":
+            how += f" when={self.config.when!r}"
         return f"<vtc.Patch {self.method} {how} on {type(self.model).__name__}, {state}>"
 
     def __deepcopy__(self, memo: Any) -> Any:

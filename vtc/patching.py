@@ -16,6 +16,7 @@ from vtc.installing import install, install_alone
 from vtc.methods import Method
 from vtc.models import resolve
 from vtc.models.classifiers import resolve_classifier
+from vtc.worth.judge import Worth
 
 
 def patch(
@@ -25,6 +26,7 @@ def patch(
     keep: Keep | None = None,
     positions: str | None = None,
     calibration: str | None = None,
+    when: str | None = None,
     **options: Any,
 ) -> Patch:
     """Make a vision-language model drop visual tokens. ``model.generate()`` and ``model()`` are called as before.
@@ -44,17 +46,25 @@ def patch(
             places that stand for s tokens, for methods that merge. ``"size+distance"``: also log(2 - D), D the mean
             cosine by which the rotary embedding turns a key against the query, which lifts far keys (RESTORE).
             ``"size+visual-distance"``: that only on keys of images. Published with original positions.
+        when: ``"always"`` (default): every prompt is pruned. ``"worthwhile"``: a batch of prompts is left alone, to the
+            bit, where choosing and shortening would take longer than the language model's prefill would gain: with few
+            tokens, or few prompts on a fast device. So one prompt may be pruned in a large batch and left alone by
+            itself; ``p.report()`` says why. It is decided by arithmetic (:mod:`vtc.costs`) on the pace of this device
+            and of the method, which are measured once, in a second at most, and kept on disk. What decode steps and
+            memory gain is not counted.
         options: with a name only: further options of the method, e.g. ``variant="k_center"``.
 
     Returns:
         The handle: ``p.last_keep``, ``p.unpatch()``; usable in a ``with`` statement.
 
     Raises:
-        ValueError: unknown method, bad keep or positions, a signal the model lacks, a model patched already.
+        ValueError: unknown method, bad keep or positions, a signal the model lacks, a model patched already;
+            ``when="worthwhile"`` where it cannot be told ahead: patches leave inside the vision tower, nothing bounds
+            how many tokens stay, or the model is compiled.
         UnsupportedModelError: the model cannot be pruned. It is a ValueError; nothing was touched.
         TypeError: options that the method does not have, or given beside an object that carries its own.
     """
-    config, chosen = parse_request(method, keep, positions, options, calibration)
+    config, chosen = parse_request(method, keep, positions, options, calibration, when)
     handle: Patch
     if (found := resolve_classifier(model)) is not None:
         chosen = bind_classifier(*found, chosen, config)
@@ -62,8 +72,10 @@ def patch(
         handle = ClassifierPatch(found[1].root, config, stages)
     else:
         adapter, parts = resolve(model)
-        chosen = bind(adapter, parts, chosen, config.positions, config.calibration)
-        handle = Patch(parts.root, config, EntryStage(adapter, parts, chosen, config.positions, config.calibration))
+        chosen = bind(adapter, parts, chosen, config.positions, config.calibration, config.when)
+        judge = Worth.of(adapter, parts, chosen) if config.when == "worthwhile" else None
+        stage = EntryStage(adapter, parts, chosen, config.positions, config.calibration, judge)
+        handle = Patch(parts.root, config, stage)
     try:
         install_alone(handle) if isinstance(handle, ClassifierPatch) else install(handle)
     except BaseException:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vtc.costs import Decoder
+from vtc.engine.verdict import Verdict
 from vtc.tokens import Layout
 from vtc.viz.page import report_html
 
@@ -24,6 +25,7 @@ class Report:
         flops_unpruned: the same without pruning.
         layouts: structure of each sample's images, as ``p.last_layouts``; for the cells that a notebook shows.
         stages: what was kept of them, as ``p.last_stages``.
+        verdict: with ``when="worthwhile"``, whether pruning the batch pays: ``verdict.pays``, and in words ``str``.
     """
 
     visual_tokens: float
@@ -33,6 +35,7 @@ class Report:
     flops_unpruned: float
     layouts: Sequence[Sequence[Layout]] = field(default=(), repr=False, compare=False)
     stages: Sequence[tuple[int, Sequence[Sequence[Tensor]]]] = field(default=(), repr=False, compare=False)
+    verdict: Verdict | None = None
 
     @property
     def average_keep(self) -> float:
@@ -76,8 +79,9 @@ class Report:
             if not steps or steps[-1][1] != count:
                 steps.append((layer, count))
         schedule = ", ".join(f"{count:g} from layer {layer}" for layer, count in steps)
+        why = "" if self.verdict is None else f"{self.verdict}; "
         return (
-            f"visual tokens: {self.visual_tokens:g} -> {schedule} (average over layers {self.average_keep:.1%}); "
+            f"{why}visual tokens: {self.visual_tokens:g} -> {schedule} (average over layers {self.average_keep:.1%}); "
             f"language model {self.flops / 1e9:.4g} of {self.flops_unpruned / 1e9:.4g} GFLOPs "
             f"({self.flops / self.flops_unpruned:.1%})"
         )

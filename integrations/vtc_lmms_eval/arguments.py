@@ -30,7 +30,7 @@ from vtc.values import shown
 
 UNPRUNED = "none"
 OPTION = "method."
-OURS = ("base", "method", "keep", "positions", "calibration", "vtc_config")
+OURS = ("base", "method", "keep", "positions", "calibration", "when", "vtc_config")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def _config(given: Mapping[str, Any]) -> CompressionConfig | None:
     # through the config format, which turns {"method": ...} into a method and lists into tuples
     plain = {"version": 1, "method": str(method), "options": options}
     plain |= {"positions": given.get("positions"), "calibration": given.get("calibration")}
+    plain |= {"when": given.get("when", "always")}
     config = CompressionConfig.from_dict(plain)
     return config.with_method(config.build())
 

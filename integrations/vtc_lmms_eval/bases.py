@@ -169,7 +169,7 @@ def check_family(cls: type[Any], arguments: Mapping[str, Any], config: Compressi
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(checkpoint)
     adapter, parts = resolve(model)
-    bind(adapter, parts, config.build(), config.positions, config.calibration)
+    bind(adapter, parts, config.build(), config.positions, config.calibration, config.when)
 
 
 def _first_line(error: BaseException) -> str:

@@ -84,6 +84,12 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
             f"calibration={config.calibration!r} adds a bias to the logits of attention, and vLLM's attention takes "
             "none. What would work: no calibration; or transformers with vtc.patch"
         )
+    if config.when != "always":
+        raise ValueError(
+            f"when={config.when!r} decides for each batch of prompts, and vLLM fixes the number of placeholders when a "
+            "request arrives, before anybody knows what it will run beside. What would work: when='always'; or "
+            "transformers with vtc.patch"
+        )
     method = bind(adapter, parts, config.build(), config.positions)
     steps = steps_of(method, adapter.facts(parts))
     if any(isinstance(step.stage.at, Tower) for step in steps):

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux")
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from vtc import ops
+from vtc import cache, ops
 from vtc.checking import kernels as proofs
 from vtc.ops import backend, gather, greedy, proof, recursion, remembered, scores
 from vtc.ops.kernels import gather as gather_kernel
@@ -473,12 +473,12 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_old_surroundings_are_forgotten_some_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    for driver in range(remembered.PLACES + 3):
+    for driver in range(cache.PLACES + 3):
         monkeypatch.setattr(remembered, "_driver", lambda driver=driver: f"no. {driver},")
         remembered._surroundings.cache_clear()
         remembered.add(CPU, "a case")
     kept = list(json.loads(remembered.cache_file().read_text()))
-    assert len(kept) == remembered.PLACES
+    assert len(kept) == cache.PLACES
     assert f"no. {driver}," in kept[-1]
 
 

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import vtc
 from vtc.cli import app
 from vtc.costs import DELTA_CHUNK, Decoder
+from vtc.devices import DEVICES, Device
 from vtc.feed import Picture
 from vtc.models import resolve
-from vtc.profiling.devices import DEVICES, Device
 from vtc.profiling.encoder import Encoder
 from vtc.profiling.estimate import Estimate, estimate
 from vtc.profiling.feed import feed_of

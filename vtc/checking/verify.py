@@ -120,6 +120,11 @@ def verify(
             "features of the whole tower. Methods that drop behind it are verified, such as 'divprune'; a prompt goes "
             "through the same masks and caches with them"
         )
+    if config.when != "always":
+        raise ValueError(
+            f"when={config.when!r} leaves prompts alone where pruning does not pay, and what verify compares with is "
+            "pruned by hand. Verify the same method with when='always': what is left alone is the model as it was"
+        )
     if config.calibration is not None:
         raise ValueError(
             f"calibration={config.calibration!r} changes what the layers attend to, and what verify compares with is "

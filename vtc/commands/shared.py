@@ -32,6 +32,10 @@ Positions = Annotated[
 Calibration = Annotated[
     str | None, typer.Option(help="Added to attention logits: size, size+distance or size+visual-distance.")
 ]
+When = Annotated[
+    str,
+    typer.Option(help="worthwhile: leaves prompts alone where pruning would take longer than it saves; else: always."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: a GPU where there is one.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves them alone.")]
 
@@ -101,15 +105,20 @@ def parse_options(options: list[str] | None) -> dict[str, Any]:
 
 
 def build_config(
-    method: str, keep: str, options: list[str] | None, positions: str | None, calibration: str | None = None
+    method: str,
+    keep: str,
+    options: list[str] | None,
+    positions: str | None,
+    calibration: str | None = None,
+    when: str = "always",
 ) -> CompressionConfig:
-    """What ``--method``, ``--keep``, ``--option``, ``--positions`` and ``--calibration`` ask for."""
+    """What ``--method``, ``--keep``, ``--option``, ``--positions``, ``--calibration`` and ``--when`` ask for."""
     from vtc.config import CompressionConfig
     from vtc.methods import make_method
 
     named = parse_options(options)
     chosen = make_method(method, keep=parse_keep(keep), **named)
-    return CompressionConfig.of(chosen, cast(Any, positions), cast(Any, calibration))
+    return CompressionConfig.of(chosen, cast(Any, positions), cast(Any, calibration), cast(Any, when))
 
 
 def pick_device(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
@@ -33,6 +35,29 @@ def never_alone(function: Any) -> None:
     from torch._dynamo import eval_frame
 
     eval_frame.skip_code(function.__code__)
+
+
+def compiled_inside(modules: Iterable[torch.nn.Module]) -> bool:
+    """Whether one of some modules was compiled, in place or in a wrapper."""
+    return any(uncompiled(m) is not m or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+
+
+def compiled_around() -> bool:
+    """Whether what runs now was called by something compiled: as seen from what runs between graphs."""
+    aside = _aside()
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == aside.co_filename and code is not aside:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@functools.cache
+def _aside() -> Any:
+    """The code that calls what runs between graphs; it stands in the file of what calls compiled functions."""
+    return torch.compiler.disable(lambda: None).__code__
 
 
 def watch_hooks() -> None:

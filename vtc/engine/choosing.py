@@ -12,6 +12,7 @@ from vtc.engine.compaction import Compaction
 from vtc.engine.context import Call
 from vtc.engine.locate import Located, by_row, locate, ordinals
 from vtc.engine.plan import Merged, Plan, check_no_gradient, columns_of
+from vtc.engine.verdict import Judge
 from vtc.methods import Method, ModelFacts
 from vtc.methods.stages import Kept, Step, steps_of
 from vtc.models import Adapter, Parts
@@ -130,13 +131,14 @@ def _text(running: Call, embeds: Tensor) -> Tensor:
     return text if running.mask is None else text & running.mask[:, -width:].bool().to(text.device)
 
 
-def plan(chooser: Chooser, running: Call, embeds: Tensor) -> Plan | None:
+def plan(chooser: Chooser, running: Call, embeds: Tensor, judge: Judge | None = None) -> Plan | None:
     """Find the images of a call and let the method choose.
 
     Args:
         chooser: a method's steps before the language model.
         running: the call.
         embeds: [B, N, d], what enters the decoder; at placeholders these are the projected features.
+        judge: is asked first whether that pays; ``None``: it is done in any case.
     """
     method = chooser.method
     guessed = [m for m in running.placeholders if m in running.encoded and not running.encoded[m].known]
@@ -151,14 +153,16 @@ def plan(chooser: Chooser, running: Call, embeds: Tensor) -> Plan | None:
     images = locate(placeholders, running.encoded) if placeholders else []
     if not images:
         return None
-    width = embeds.shape[1]
+    batch, width = embeds.shape[:2]
     flat = torch.nn.utils.rnn.pad_sequence(
-        [image.row * width + image.columns for image in images],
-        batch_first=True,
-        padding_value=embeds.shape[0] * width,
+        [image.row * width + image.columns for image in images], batch_first=True, padding_value=batch * width
     ).to(embeds.device, non_blocking=True)
-    decision = decide(chooser, running, images, flat, embeds)
-    if running.hides and running.mask is not None and (decision.drops or chooser.goes_on):
+    verdict = None if judge is None else judge(images, running.lengths or [width] * batch, width)
+    if verdict is not None and not verdict.pays:
+        decision = Plan.of_all(images, flat, verdict)
+    else:
+        decision = replace(decide(chooser, running, images, flat, embeds), verdict=verdict)
+    if running.hides and running.mask is not None and (decision.drops or decision.left_alone or chooser.goes_on):
         return decision.without_hidden(running.mask[:, -width:])
     return decision
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.dialect import attention, modules
+from vtc.dialect import attention, compilers, modules
 from vtc.dialect.arguments import (
     CACHE,
     DEEPSTACK,
@@ -39,6 +39,7 @@ from vtc.engine.layers import LayerStages
 from vtc.engine.lengths import SlotMap, adopt, slot_map
 from vtc.engine.plan import Plan, Prefill
 from vtc.engine.tower import TowerStages
+from vtc.engine.verdict import Judge
 from vtc.methods import Method
 from vtc.models import Adapter, Parts
 from vtc.tokens import column
@@ -48,8 +49,25 @@ class EntryStage:
     """Hooks of the entry stage on one model. Holds no state of any generation, only the last result to look at."""
 
     def __init__(
-        self, adapter: Adapter, parts: Parts, method: Method, positions: str, calibration: str | None = None
+        self,
+        adapter: Adapter,
+        parts: Parts,
+        method: Method,
+        positions: str,
+        calibration: str | None = None,
+        judge: Judge | None = None,
     ) -> None:
+        """Prepare.
+
+        Args:
+            adapter: of the family.
+            parts: of the model.
+            method: settled for it.
+            positions: ``original`` or ``compact``.
+            calibration: what is added to the logits of attention, if anything.
+            judge: says of each prompt whether pruning pays; ``None``: all are pruned.
+        """
+        self.judge = judge
         self.adapter, self.parts, self.method, self.positions = adapter, parts, method, positions
         self.last: Prefill | None = None
         self._said: set[str] = set()
@@ -84,7 +102,12 @@ class EntryStage:
         embeds = call[EMBEDS]
         if not running.placeholders or embeds is None:
             return (), call.named
-        decision = plan(self.chooser, running, embeds)
+        if self.judge is not None and (compilers.compiled_around() or compilers.compiled_inside(self.parts.layers)):
+            raise NotImplementedError(
+                "when='worthwhile' compares with what an uncompiled prefill takes here, and this model was compiled "
+                "with torch.compile. What works: when='always', or the model uncompiled"
+            )
+        decision = plan(self.chooser, running, embeds, self.judge)
         if decision is None:
             if physical_length(cache) == 0:
                 fault = "no image was encoded for it"
@@ -93,7 +116,7 @@ class EntryStage:
                 self.say_once(f"this prompt has image placeholders, but {fault}: nothing is pruned")
             return (), call.named
         lengths = tuple(running.lengths or [embeds.shape[1]] * embeds.shape[0])
-        if decision.drops or self.layers.steps:
+        if not decision.left_alone and (decision.drops or self.layers.steps):
             running.compaction = compaction(decision, running, embeds.shape[:2])
             self._compact(call, running, decision, running.compaction)
         if self.calibrator is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtc.engine.compaction import Compaction, StageResult
 from vtc.engine.locate import Located
+from vtc.engine.verdict import Verdict
 
 
 def columns_of(tokens: Tensor, place: Tensor, batch: int, length: int, other: float = 0) -> Tensor:
@@ -74,6 +75,7 @@ class Plan:
         flat: LongTensor [G, N], where each token sits in the flattened batch; padding points past its end.
         size: float32 [G, N], how many tokens a place stands for; ``None``: one each.
         given: tokens of each image that can be seen at all: those that the mask does not hide (host integers).
+        verdict: whether pruning pays, where somebody asked.
     """
 
     images: list[Located]
@@ -86,6 +88,19 @@ class Plan:
     chosen: tuple[int, ...] = ()
     entered: dict[int, tuple[int, ...]] = field(default_factory=dict)
     size: Tensor | None = None
+    verdict: Verdict | None = None
+
+    @classmethod
+    def of_all(cls, images: list[Located], flat: Tensor, verdict: Verdict) -> Plan:
+        """All stay."""
+        counts = tuple(image.layout.length for image in images)
+        keep = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        return cls(images, keep.to(flat.device, non_blocking=True), counts, flat, counts, verdict=verdict)
+
+    @property
+    def left_alone(self) -> bool:
+        """Nothing is done to this prompt, since it would not pay."""
+        return self.verdict is not None and not self.verdict.pays
 
     @property
     def drops(self) -> bool:

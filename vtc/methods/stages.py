@@ -64,6 +64,18 @@ class Step:
         counts = self.method.counts(layouts, self.stage, given)
         return check_counts(self.method, counts, tuple(present), layouts)
 
+    def most(self, layouts: Sequence[Layout], given: Sequence[int], present: Sequence[int]) -> tuple[int, ...] | None:
+        """As :meth:`counts`; where content decides, the most that may be left, ``None`` if nothing bounds it."""
+        if (counts := self.counts(layouts, given, present)) is not None:
+            return counts
+        if self.stage.all_or_nothing:
+            return tuple(present)
+        if not self.method.content_decides:
+            return None
+        bound = Method.counts(self.method, layouts, self.stage, given)
+        assert bound is not None  # of the base class, which always knows
+        return tuple(map(min, bound, present))
+
     def _around_newlines(self, tokens: VisualTokens, budget: tuple[int, ...] | None) -> Kept:
         bare, index = tokens.without_newlines()
         n = tokens.features.shape[1]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,32 +16,18 @@ from typing import Any
 
 import torch
 
-from vtc.files import write_text
+from vtc import cache
 from vtc.ops.backend import interpreted
-
-CACHE = "VTC_CACHE"
-"""The variable that names another folder."""
-PLACES = 16
-"""Surroundings (device, driver, versions) that are remembered: the latest."""
 
 
 def cache_file() -> Path:
-    """Where successes are kept: in ``VTC_CACHE``, else in the user's cache folder."""
-    folder = os.environ.get(CACHE, "")
-    if not folder:
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        folder = os.path.join(base if os.path.isabs(base) else "~/.cache", "vtc")
-    return Path(os.path.expanduser(folder)) / "kernels.json"
+    """Where successes are kept."""
+    return cache.folder() / "kernels.json"
 
 
 def _read() -> dict[str, list[str]]:
-    """Surroundings and the names of cases that were right there; empty for a file that is not what this one writes."""
-    try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
+    """Surroundings and the names of cases that were right there; without what this module does not write."""
+    found = cache.read(cache_file())
     return {at: there for at, there in found.items() if isinstance(there, list) and all(map(_is_text, there))}
 
 
@@ -63,12 +47,8 @@ def add(device: torch.device, name: str) -> None:
     if not around:
         return
     known = _read()
-    there = known.pop(around, [])
-    known[around] = there if name in there else [*there, name]
-    text = json.dumps(dict(list(known.items())[-PLACES:]), indent=1) + "\n"
-    with contextlib.suppress(OSError):  # a folder that is read-only, or full
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_text(cache_file(), text)
+    there = known.get(around, [])
+    cache.write(cache_file(), known, around, there if name in there else [*there, name])
 
 
 @functools.cache

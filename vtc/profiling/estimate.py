@@ -20,6 +20,7 @@ from vtc.binding import bind, parse_request
 from vtc.budget import Keep
 from vtc.config import CompressionConfig
 from vtc.costs import Decoder
+from vtc.devices import Device, device_of
 from vtc.dialect import towers as inner
 from vtc.dialect.modules import without_adapters
 from vtc.feed import Feed, Picture
@@ -29,7 +30,6 @@ from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import square
 from vtc.places import Layer, Tower
 from vtc.profiling.configs import config_of, settings_beside
-from vtc.profiling.devices import Device, device_of
 from vtc.profiling.encoder import Encoder
 from vtc.profiling.feed import feed_of
 from vtc.profiling.savings import PromptCost, Savings
@@ -87,7 +87,7 @@ def estimate(
         batch: equal prompts.
         method: as for :func:`vtc.patch`, with ``keep`` and ``options``.
         keep: the same.
-        device: one of :data:`vtc.profiling.devices.DEVICES`, or a :class:`~vtc.profiling.devices.Device`.
+        device: one of :data:`vtc.devices.DEVICES`, or a :class:`~vtc.devices.Device`.
         tokens: visual tokens of the prompt; by default those that the image makes. What the tower costs follows from
             the image in either case.
         settings: entries of ``preprocessor_config.json``; default: those beside the model, else as published.

@@ -154,7 +154,13 @@ def configurations(
     keeps = list(keep) if isinstance(keep, Sequence) else [keep]
     if not methods or not keeps:
         raise ValueError(f"{method=} and {keep=} leave nothing to run")
-    return [parse_request(each, share, positions, {}, calibration)[0] for each in methods for share in keeps]
+    found = [parse_request(each, share, positions, {}, calibration)[0] for each in methods for share in keeps]
+    if (other := next((config for config in found if config.when != "always"), None)) is not None:
+        raise ValueError(
+            f"when={other.when!r} leaves prompts alone where pruning does not pay, which is what is to be measured "
+            "here; profile the same method with when='always'"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from vtc.devices import device_name
 
 
 def provenance(device: str | torch.device = "cpu") -> dict[str, str]:
@@ -28,20 +29,6 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, str]:
         "transformers": _version("transformers"),
         "vtc": _version("visual-token-compression"),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name; of a CPU its model and the threads in use, which decide about the times."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if info.exists():
-        lines = info.read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    threads = torch.get_num_threads()
-    return f"cpu: {name}, {threads} thread" + "s" * (threads > 1)
 
 
 def _version(package: str) -> str:

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import ClassVar
 
 from vtc.costs import Cost, Decoder
-from vtc.profiling.devices import Device
+from vtc.devices import Device
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def with_keep(config: CompressionConfig, keep: float) -> CompressionConfig:
 def _try(
     exam: Exam, config: CompressionConfig, before: Sequence[float], max_drop: float, tick: Callable[[int], None]
 ) -> Trial:
-    taken = exam.take(config, tick=tick)
+    always = replace(config, when="always")  # what pruning loses is asked, not where it pays
+    taken = exam.take(always, tick=tick)
     after = exam.headline(taken.scores)
     loss, low, high = paired_loss(before, after)
     verdict: Verdict = "within" if high <= max_drop else "beyond" if low > max_drop else "unsure"

@@ -29,6 +29,8 @@ class Signal(ABC):
 
     kind: ClassVar[str]
     """What it is called where a model's offers are listed."""
+    wide: ClassVar[bool] = False
+    """A vector for every token, not a number."""
 
     @property
     def key(self) -> str:
@@ -42,6 +44,19 @@ class Signal(ABC):
     def blank(self, images: int, tokens: int) -> Tensor:
         """What it would be where there is nothing to see."""
         return torch.zeros(images, tokens)
+
+    def drawn(self, images: int, tokens: int, width: int) -> dict[str, Tensor]:
+        """Something of its shape, drawn at random, and what has to be known beside it: to see how long a method takes.
+
+        Args:
+            images: G.
+            tokens: of each.
+            width: of vectors.
+        """
+        like = self.blank(images, tokens)
+        if self.wide:
+            like = like[..., None].expand(*like.shape, width)
+        return {self.key: torch.rand(like.shape) if like.is_floating_point() else like}
 
     @property
     def axes(self) -> dict[str, int | None]:
@@ -260,6 +275,10 @@ class ColumnSignal(DecoderSignal):
     def axes(self) -> dict[str, int | None]:
         """Text has none of visual tokens."""
         return {self.key: None} if self.of == "text" else {}
+
+    def drawn(self, images: int, tokens: int, width: int) -> dict[str, Tensor]:
+        """Of text, for one word."""
+        return super().drawn(images, 1 if self.of == "text" else tokens, width)
 
     def chosen(self, view: LayerView, columns: Tensor) -> Tensor:
         """Of columns [B, M, ...] those that it is of."""

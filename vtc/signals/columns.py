@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vtc.signals.base import ColumnSignal, LayerView
@@ -16,6 +17,10 @@ class Columns(ColumnSignal):
 
     kind: ClassVar[str] = "columns"
     needs_rows: ClassVar[bool] = False
+
+    def blank(self, images: int, tokens: int) -> Tensor:
+        """From the first column on."""
+        return torch.arange(tokens).expand(images, -1)
 
     def read(self, view: LayerView) -> Tensor:
         """Counted."""

@@ -17,6 +17,7 @@ class TowerKeys(TowerSignal):
     """What a layer's key projection makes of a patch, averaged over heads: [G, N, dh], before any rotation."""
 
     kind: ClassVar[str] = "keys"
+    wide: ClassVar[bool] = True
     recomputes: ClassVar[bool] = True
 
     def module(self, tower: Tower) -> nn.Module | None:
@@ -33,6 +34,7 @@ class LayerKeys(ColumnSignal):
     """Keys in a layer of the language model, after RoPE, heads side by side: [G, N, Hkv * dh], or [G, T, Hkv * dh]."""
 
     kind: ClassVar[str] = "layer_keys"
+    wide: ClassVar[bool] = True
 
     def read(self, view: LayerView) -> Tensor:
         """Those that the layer's attention rows are made with."""

@@ -16,6 +16,7 @@ class TowerFeatures(TowerSignal):
     """What a layer of the vision tower returns for a patch: [G, N, width]."""
 
     kind: ClassVar[str] = "tower_features"
+    wide: ClassVar[bool] = True
     reads: ClassVar[Literal["input", "output"]] = "output"
 
     def module(self, tower: Tower) -> nn.Module | None:
@@ -60,6 +61,7 @@ class ProjectorInput(TowerSignal):
     """What enters the projector for a patch: [G, N, width]. The features at the place ``Projector()``."""
 
     kind: ClassVar[str] = "projector_input"
+    wide: ClassVar[bool] = True
 
     def module(self, tower: Tower) -> nn.Module | None:
         """The projector, where a patch becomes a token there."""

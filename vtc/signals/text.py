@@ -26,6 +26,10 @@ class Text(PromptSignal):
         """It has none of visual tokens."""
         return {self.key: None, f"{self.key}_mask": None}
 
+    def drawn(self, images: int, tokens: int, width: int) -> dict[str, Tensor]:
+        """Of one word."""
+        return _one_word(self.key, images, width)
+
     def read(self, embeds: Tensor, text: Tensor, samples: Sequence[int]) -> dict[str, Tensor]:
         """Gathered to the left; as many columns as the prompt has, so that nobody waits for the device."""
         order = (~text).to(torch.int8).argsort(dim=1, stable=True)
@@ -50,6 +54,14 @@ class LayerText(DecoderSignal):
         """It has none of visual tokens."""
         return {self.key: None, f"{self.key}_mask": None}
 
+    def drawn(self, images: int, tokens: int, width: int) -> dict[str, Tensor]:
+        """Of one word."""
+        return _one_word(self.key, images, width)
+
     def read(self, view: LayerView) -> dict[str, Tensor]:
         """Gathered."""
         return {self.key: view.per_text(view.hidden), f"{self.key}_mask": view.per_text(view.text)}
+
+
+def _one_word(key: str, images: int, width: int) -> dict[str, Tensor]:
+    return {key: torch.rand(images, 1, width), f"{key}_mask": torch.ones(images, 1, dtype=torch.bool)}

@@ -1,9 +1,13 @@
-"""Devices, as the three numbers of a roofline."""
+"""Devices, as the three numbers of a roofline, and what the running one is called."""
 
 from __future__ import annotations
 
 import difflib
+import platform
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from vtc.values import shown
 
@@ -59,3 +63,17 @@ def device_of(device: str | Device) -> Device:
     near = difflib.get_close_matches(str(device).lower(), DEVICES, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown device {shown(device)}; known: {', '.join(DEVICES)}{hint}")
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name; of a CPU its model and the threads in use, which decide about the times."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.exists():
+        lines = info.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"cpu: {name}, {threads} thread" + "s" * (threads > 1)
