@@ -66,6 +66,7 @@ ONLY_ENDS = (
     "commands/test_*.py",
     "integrations/test_*.py",
     "profiling/test_*.py",
+    "published/test_*.py",
     "viz/test_*.py",
 )
 """Tests of what stands on the engine: what passes on the oldest and on the newest release needs none between. Those of
