@@ -38,9 +38,7 @@ VERDICTS = {
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(
-            help=f"A checkpoint: {A_MODEL}. Without one: the first of these and a tiny random model of every family."
-        ),
+        typer.Argument(help=f"A checkpoint: {A_MODEL}. Without one: tinyvlm and a tiny random model of every family."),
     ] = None,
     method: MethodName = "divprune",
     keep: KeepText = "0.5",

@@ -50,6 +50,13 @@ def print_methods(console: Console, name: str, found: Mapping[str, Estimate]) ->
         markup=False,
         highlight=False,
     )
+    if first.halves:
+        console.print(
+            f"{first.halves[0].words} is the processor's own budget, and lowering it comes first: the vision tower "
+            "gets less to do too.",
+            markup=False,
+            highlight=False,
+        )
     for note in dict.fromkeys(note for each in found.values() for note in each.notes):
         console.print(f"[dim]{note}[/]", highlight=False)
     console.print(f"[dim]{_RULES.format(device=first.device.name)}[/]", highlight=False)
