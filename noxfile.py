@@ -68,6 +68,7 @@ ONLY_ENDS = (
     "commands/test_*.py",
     "integrations/test_*.py",
     "profiling/test_*.py",
+    "published/test_*.py",
     "viz/test_*.py",
     "worth/test_*.py",
 )

@@ -96,6 +96,7 @@ def test_the_wheel_brings_the_shipped_model(wheel, tmp_path):
     assert Path(checkpoint).is_relative_to(tmp_path)
     assert {"config.json", "model.safetensors"} <= {path.name for path in Path(checkpoint).iterdir()}
     assert (Path(package).parent / "py.typed").exists()
+    assert (Path(package).parent / "published" / "qwen2_5_vl.json").exists()
 
 
 def test_the_version_stands_in_one_place_and_others_have_the_same():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtc.config import CompressionConfig
 from vtc.handle import Patch
+from vtc.names import at_hand, folder_of
 from vtc.patching import patch
 from vtc.tokens import Layout, Segment
 from vtc.values import shown
@@ -95,18 +96,21 @@ class Checkpoint:
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", dtype: str = "auto") -> Checkpoint:
-        """From a local folder or the hub.
+        """From a local folder, the hub, or of a model that comes with vtc.
 
         Raises:
             ValueError: ``dtype`` is none of :data:`DTYPES`.
-            OSError: there is no such checkpoint.
+            ImportError: a model that comes with vtc is not installed.
+            OSError: there is no such checkpoint, or it cannot be had now: said within seconds, with what would work.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if dtype not in DTYPES:
             raise ValueError(f"dtype={shown(dtype)} is none of {', '.join(DTYPES)}")
-        processor = AutoProcessor.from_pretrained(name)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        name = folder_of(name)
+        with at_hand(name):
+            processor = AutoProcessor.from_pretrained(name)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
         return cls(model.to(device).eval(), processor)
 
     def ask(

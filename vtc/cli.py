@@ -25,6 +25,7 @@ from vtc.commands.listing import methods, models
 from vtc.commands.profile import profile
 from vtc.commands.serve import PASS_ON, serve
 from vtc.commands.shared import (
+    A_MODEL,
     TRACEBACK,
     Calibration,
     Device,
@@ -92,7 +93,7 @@ def main() -> None:
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="A checkpoint: a local folder or a name on the hub.")],
+    model: Annotated[str, typer.Argument(help=f"A checkpoint: {A_MODEL}.")],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     method: MethodName = "divprune",

@@ -18,6 +18,7 @@ from vtc.binding import bind
 from vtc.config import CompressionConfig
 from vtc.models import resolve
 from vtc.modules import LlavaMqtConfig, LlavaMqtForConditionalGeneration
+from vtc.names import at_hand
 from vtc.profiling.configs import builds
 from vtc.values import shown
 from vtc_lmms_eval import MODEL_ID
@@ -159,7 +160,8 @@ def check_family(cls: type[Any], arguments: Mapping[str, Any], config: Compressi
     name = arguments.get("pretrained", _default(cls, "pretrained"))
     settings = {n: arguments[n] for n in ("revision", "trust_remote_code") if n in arguments}
     try:
-        checkpoint = AutoConfig.from_pretrained(name, **settings)
+        with at_hand(str(name)):
+            checkpoint = AutoConfig.from_pretrained(name, **settings)
     except OSError as error:
         raise OSError(
             f"pretrained={name}: its config, the first thing wanted from the hub, cannot be had ({_first_line(error)})"

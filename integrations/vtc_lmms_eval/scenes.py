@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
+from vtc.names import folder_of
+
 TASK = "vtc_scenes"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -80,7 +82,7 @@ def write(folder: Path, questions: int) -> None:
     Raises:
         ValueError: not even one question.
     """
-    from vtc_tinyvlm import CHECKPOINT, TYPES, dataset
+    from vtc_tinyvlm import TYPES, dataset
 
     if questions < 1:
         raise ValueError(f"--questions {questions} is not a number of questions")
@@ -90,8 +92,17 @@ def write(folder: Path, questions: int) -> None:
     names |= {f"answer_{kind}": "mean" for kind in TYPES}
     metrics = "".join(_METRIC.format(name=name, aggregation=how) for name, how in names.items())
     (folder / f"{TASK}.yaml").write_text(_YAML.format(task=TASK, metrics=metrics.rstrip("\n")), encoding="utf-8")
-    shutil.copytree(CHECKPOINT, folder / "model", dirs_exist_ok=True)
-    (folder / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_model(folder / "model")
+
+
+def write_model(folder: Path, name: str = "tinyvlm") -> None:
+    """Write a shipped model with the chat template that lmms-eval's chat models ask for.
+
+    Raises:
+        OSError: parts of the model cannot be had.
+    """
+    shutil.copytree(folder_of(name), folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,20 @@ which transformers reads too. A chat template comes along, for the OpenAI endpoi
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from pathlib import Path
 from typing import Annotated
 
+from vtc.names import SHIPPED, folder_of
 from vtc.values import shown
 from vtc_vllm import chat
 
 _TOWER = "vision_tower."
+_NOT_SERVED = {
+    "tinyvlm-mqt": "vLLM's LLaVA knows no Matryoshka Query Transformer",
+    "photovlm": "vLLM's LLaVA knows no DINOv2 tower",
+}
+"""Shipped models that vLLM cannot run, and why."""
 
 
 def hub_name(key: str) -> str:
@@ -40,15 +45,27 @@ def to_hub_layout(source: Path, target: Path) -> None:
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def write(folder: Path, model: str = "tinyvlm") -> None:
-    """Write the shipped model of that name."""
-    from vtc.commands.shared import SHIPPED
+def check(model: str) -> None:
+    """Refuse a name that :func:`write` cannot write.
 
+    Raises:
+        ValueError: it is of no shipped model, or vLLM cannot run it.
+    """
     if model not in SHIPPED:
         raise ValueError(f"model={shown(model)} is none of the shipped ones: {', '.join(SHIPPED)}")
-    if model == "photovlm":
-        raise ValueError("photovlm is not served: vLLM's LLaVA knows no DINOv2 tower")
-    to_hub_layout(importlib.import_module(SHIPPED[model]).CHECKPOINT, folder)
+    if model in _NOT_SERVED:
+        served = ", ".join(name for name in SHIPPED if name not in _NOT_SERVED)
+        raise ValueError(f"{model} is not served: {_NOT_SERVED[model]}. What would work: {served}")
+
+
+def write(folder: Path, model: str = "tinyvlm") -> None:
+    """Write the shipped model of that name.
+
+    Raises:
+        ValueError: there is none, or vLLM cannot run it.
+    """
+    check(model)
+    to_hub_layout(Path(folder_of(model)), folder)
     write_chat_template(folder)
 
 

@@ -540,7 +540,7 @@ def test_the_accuracy_table_has_the_types_of_this_model() -> None:
 
 
 def test_it_is_a_task_with_answers_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtc.commands.shared import folder_of
+    from vtc.names import folder_of
     from vtc.profiling.tasks import get_task
 
     task = get_task("photovlm")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vtc.commands.shared import (
+    A_MODEL,
     Device,
     KeepText,
     MethodName,
@@ -15,7 +16,6 @@ from vtc.commands.shared import (
     Positions,
     build_config,
     clear_errors,
-    folder_of,
     numbers_table,
     pick_device,
 )
@@ -38,10 +38,7 @@ VERDICTS = {
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(
-            help="A checkpoint: a local folder, a name on the hub, tinyvlm, tinyvlm-next or photovlm. Without one: the "
-            "shipped model and a tiny random model of every family."
-        ),
+        typer.Argument(help=f"A checkpoint: {A_MODEL}. Without one: tinyvlm and a tiny random model of every family."),
     ] = None,
     method: MethodName = "divprune",
     keep: KeepText = "0.5",
@@ -83,11 +80,7 @@ def doctor(
             around = checking.environment(place)
         except RuntimeError as error:  # VTC_BACKEND asks for what cannot run
             raise ValueError(str(error)) from None
-        if model is None:
-            patients = checking.tour(place)
-        else:
-            name = folder_of(model)
-            patients = [checking.checkpoint(name, place, dtype, shown=model)]
+        patients = checking.tour(place) if model is None else [checking.checkpoint(model, place, dtype)]
     findings, proofs = [], []
     with Console(stderr=True).status("verifying ...") as status:
         for proof in kernels.prove(place):

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vtc.commands.shared import (
-    SHIPPED,
-    KeepText,
-    MethodName,
+    A_MODEL,
+    KeepTexts,
+    MethodNames,
     Options,
     build_config,
     clear_errors,
+    listed,
+    parse_methods,
     parse_size,
 )
+from vtc.values import shown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from vtc.costs import Cost
     from vtc.profiling.estimate import Estimate
 
 
 def estimate(
     model: Annotated[
-        str,
-        typer.Argument(help="A folder, a config.json, a name on the hub, tinyvlm, tinyvlm-next or photovlm."),
-    ],
+        str | None,
+        typer.Argument(
+            help=f"A config.json, {A_MODEL}. Popular models are known without a hub. With --table: a part of a name."
+        ),
+    ] = None,
     image: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the picture, in pixels.")] = "1024x1024",
     frames: Annotated[int | None, typer.Option(help="A video of so many such frames.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Visual tokens, instead of those that the picture makes.")] = None,
     text: Annotated[int, typer.Option(help="Other tokens of the prompt.")] = 64,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
-    method: MethodName = "divprune",
-    keep: KeepText = "0.25",
+    method: MethodNames = "divprune",
+    keep: KeepTexts = "0.25",
     option: Options = None,
     device: Annotated[str, typer.Option(help="Whose roofline: a100, h100, h200, 4090 or cpu.")] = "h200",
+    table: Annotated[
+        bool, typer.Option("--table", help="One line for each model that is known without a hub.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers, as JSON.")] = False,
 ) -> None:
     """Say what pruning can save before anything is loaded: FLOPs, bytes, ceilings and a verdict.
@@ -49,96 +51,77 @@ def estimate(
     """
     with clear_errors():
         import transformers
+        from rich.console import Console
 
+        from vtc.commands import estimate_page as page
+        from vtc.profiling.configs import config_of, published_as, settings_beside
         from vtc.profiling.estimate import estimate as compute
 
         transformers.utils.logging.set_verbosity_error()
         size = parse_size(image)
-        config = build_config(method, keep, option, None)
-        name = str(importlib.import_module(SHIPPED[model]).CHECKPOINT) if model in SHIPPED else model
-        result = compute(name, size, frames=frames, tokens=tokens, text=text, batch=batch, method=config, device=device)
-        if as_json:
-            typer.echo(json.dumps(result.to_dict(), indent=1))
+        named: dict[str, Estimate]
+        if table:
+            if frames is not None or tokens is not None:
+                raise ValueError("--frames and --tokens are for one model; --table compares models on one picture")
+            chosen = build_config(*_single(method, keep), option, None)
+            named = {
+                name: compute(name, size, text=text, batch=batch, method=chosen, device=device)
+                for name in _known(model)
+            }
+            if as_json:
+                typer.echo(json.dumps([{"name": name, **each.to_dict()} for name, each in named.items()], indent=1))
+            else:
+                page.print_models(Console(), named)
             return
-        from rich.console import Console
+        if model is None:
+            raise ValueError("name a model, or --table for those that are known without a hub")
+        known = published_as(model)
+        config, settings = config_of(model), settings_beside(model, "image" if frames is None else "video")
 
-        print_estimate(Console(), model, result)
+        def one(name: str, kept: str) -> Estimate:
+            return compute(
+                config,
+                size,
+                frames=frames,
+                tokens=tokens,
+                text=text,
+                batch=batch,
+                method=build_config(name, kept, option, None),
+                device=device,
+                settings=settings,
+            )
 
-
-def print_estimate(console: Console, name: str, result: Estimate) -> None:
-    """Head, table of costs, schedule where there is one, verdict, notes."""
-    visual = f"{result.picture} is {result.fed}, {result.visual_tokens} visual tokens"
-    for line in (
-        f"{name}: {result.model}, {result.parameters / 1e9:.3g} B parameters",
-        f"{visual}; {result.text_tokens} text tokens; batch {result.batch}",
-        result.method,
-    ):
-        console.print(line, markup=False, highlight=False)
-    console.print(_table(result))
-    if len(result.schedule) > 1:
-        console.print(_schedule(result))
-    for sentence in result.verdict:
-        console.print(sentence, markup=False, highlight=False)
-    for note in (*result.notes, _RULES.format(device=result.device.name)):
-        console.print(f"[dim]{note}[/]", highlight=False)
-
-
-_RULES = (
-    "Counted in bfloat16: matrix products; attention causal in the language model; weights read once; selection not "
-    "counted. Times are floors for {device} at its peak."
-)
-
-
-def _table(result: Estimate) -> Table:
-    from rich.table import Table
-
-    table = Table("", "unpruned", "at least", "pruned", "at least", "ratio")
-    sides = result.full, result.pruned
-
-    def work(label: str, costs: list[Cost], seconds: list[float], ratio: float, **more: Any) -> None:
-        cells = [c for cost, time in zip(costs, seconds, strict=True) for c in (_flops(cost.flops), _time(time))]
-        table.add_row(label, *cells, f"{ratio:.2f}x", **more)
-
-    tower, projector = (result.vision, result.vision_pruned), (result.projector, result.projector_pruned)
-    for label, parts in (("vision tower", tower), ("projector", projector)):
-        if parts[0].flops:
-            work(label, [*parts], [*map(result.seconds, parts)], parts[0].flops / parts[1].flops)
-    prefill = [side.prefill for side in sides]
-    work("prefill", prefill, [result.seconds(cost) for cost in prefill], result.llm_ratio)
-    seconds = [result.ttft_seconds, result.ttft_seconds_pruned]
-    total = [before + cost for before, cost in zip((result.before, result.before_pruned), prefill, strict=True)]
-    work("first token", total, seconds, result.ttft_ratio, style="bold", end_section=True)
-    cells = [cell for side in sides for cell in (_size(side.decode.bytes), _time(result.seconds(side.decode)))]
-    table.add_row("a decode step", *cells, f"{result.decode_ratio:.2f}x")
-    cells = [cell for side in sides for cell in (_size(side.cache_bytes), "")]
-    table.add_row("KV cache", *cells, f"{result.cache_ratio:.2f}x")
-    return table
+        keeps, errors = listed(keep, "keep"), Console(stderr=True)
+        methods = parse_methods(
+            method,
+            lambda name: one(name, keeps[0]),
+            lambda line: errors.print(line, style="dim", markup=False, highlight=False),
+            videos=frames is not None,
+        )
+        named = {f"{name} {kept}": one(name, kept) for name in methods for kept in keeps}
+        found = list(named.values())
+        if as_json:
+            told = [each.to_dict() for each in found]
+            typer.echo(json.dumps(told[0] if len(told) == 1 else told, indent=1))
+        elif len(found) == 1:
+            page.print_estimate(Console(), model, found[0])
+        else:
+            page.print_methods(Console(), model, named)
+        if known is not None and not as_json:
+            page.print_source(Console(), known)
 
 
-def _scaled(number: float, unit: str, steps: str) -> str:
-    """Three digits, with the largest prefix that leaves something before the point."""
-    power = max(0, min(len(steps) - 1, int(math.log10(number) // 3))) if number > 0 else 0
-    return f"{number / 1000**power:.3g} {steps[power].strip()}{unit}"
+def _known(part: str | None) -> list[str]:
+    """Names of models that are known without a hub, and have ``part`` in them."""
+    from vtc import published
+
+    names = [name for name in published.models() if part is None or part.lower() in name.lower()]
+    if not names:
+        raise ValueError(f"--table: no model that is known without a hub has {shown(part)} in its name")
+    return names
 
 
-def _flops(number: float) -> str:
-    return _scaled(number, "FLOP", " kMGTP")
-
-
-def _size(number: float) -> str:
-    return _scaled(number, "B", " kMGT")
-
-
-def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
-
-
-def _schedule(result: Estimate) -> Table:
-    from rich.table import Table
-
-    table = Table("layers", "visual tokens", "FLOP a layer", "of unpruned")
-    for first, last, count in result.schedule:
-        flops, full = result.pruned.layers[first - 1], result.full.layers[first - 1]
-        table.add_row(f"{first} - {last}", str(count), _flops(flops), f"{flops / full:.1%}")
-    table.add_row("all", f"{result.average_keep:.1%}", "", "", style="dim")
-    return table
+def _single(method: str, keep: str) -> tuple[str, str]:
+    if "," in method + keep or method == "all":
+        raise ValueError("--table compares models, with one --method and one --keep; name a model to compare methods")
+    return method, keep

@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vtc.commands.shared import Device, Threads, clear_errors, listed, pick_device
+from vtc.commands.shared import A_MODEL, Device, KeepTexts, Threads, clear_errors, listed, parse_keeps, pick_device
+from vtc.names import SHIPPED
 
 if TYPE_CHECKING:
     from vtc_lmms_eval.runs import Outcome, Settings
 
-SHIPPED = "tinyvlm"
+NOT_LOADED = {"tinyvlm-mqt": "lmms-eval's llava_hf knows no model_type 'llava_mqt'"}
+"""Shipped models that lmms-eval cannot load, and why."""
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint: a local folder or a name on the hub; tinyvlm: the shipped model.")
-    ] = SHIPPED,
+    model: Annotated[str, typer.Argument(help=f"A checkpoint: {A_MODEL}.")] = "tinyvlm",
     base: Annotated[
         str, typer.Option(help="The model id of lmms-eval that loads it: llava_hf, qwen2_5_vl ...")
     ] = "llava_hf",
@@ -29,11 +29,12 @@ def evaluate(
         str, typer.Option("--tasks", "-t", help="Tasks of lmms-eval, with commas; vtc_scenes needs no download.")
     ] = "vtc_scenes",
     method: Annotated[
-        str, typer.Option("--method", "-m", help="Some of `vtc methods` or files vtc_config.json, with commas.")
+        str,
+        typer.Option(
+            "--method", "--methods", "-m", help="Some of `vtc methods` or files vtc_config.json, with commas."
+        ),
     ] = "divprune",
-    keep: Annotated[
-        str, typer.Option("--keep", "-k", help="For every named method: one or several of 0.25 or 64, with commas.")
-    ] = "0.25",
+    keep: KeepTexts = "0.25",
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="METHOD.NAME=VALUE, as todre.stage2=true; repeatable.")
     ] = None,
@@ -58,8 +59,12 @@ def evaluate(
         from vtc_lmms_eval import runs
 
         names = [*(["none"] if unpruned else []), *listed(method, "method")]
-        chosen, keeps = listed(tasks, "tasks"), listed(keep, "keep")
-        if model == SHIPPED or "vtc_scenes" in chosen:
+        if method.strip() == "all":
+            raise ValueError("--method all: every run of lmms-eval takes long; name methods, with commas")
+        chosen, keeps = listed(tasks, "tasks"), [repr(each) for each in parse_keeps(keep)]
+        if model in NOT_LOADED:
+            raise ValueError(f"{model} is not evaluated: {NOT_LOADED[model]}. What would work: vtc sweep {model}")
+        if model in SHIPPED or "vtc_scenes" in chosen:
             include_path, model = _scenes(include_path, out / f"scenes-{questions}", questions, model)
         settings = runs.Settings(
             base,
@@ -84,14 +89,22 @@ def evaluate(
 
 
 def _scenes(include: Path | None, folder: Path, questions: int, model: str) -> tuple[Path, str]:
-    """The task of the shipped scenes, and the shipped model where that was asked for."""
+    """The task of the shipped scenes, and a shipped model where that was asked for."""
     from vtc_lmms_eval import scenes
 
     if include is not None:
-        raise ValueError(f"--include-path {include} cannot be combined with {scenes.TASK} or {SHIPPED}: run them apart")
+        raise ValueError(
+            f"--include-path {include} cannot be combined with {scenes.TASK} or a model that comes with vtc: run them "
+            "apart"
+        )
     if not (folder / "model" / "chat_template.jinja").is_file():
         scenes.write(folder, questions)
-    return folder, str(folder / "model") if model == SHIPPED else model
+    if model not in SHIPPED:
+        return folder, model
+    written = folder / ("model" if model == "tinyvlm" else model)
+    if not (written / "chat_template.jinja").is_file():
+        scenes.write_model(written, model)
+    return folder, str(written)
 
 
 def _run(todo: list[Any], settings: Settings, out: Path) -> list[Outcome]:

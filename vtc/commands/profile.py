@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vtc.commands.shared import (
-    SHIPPED,
+    A_MODEL,
     Calibration,
     Device,
+    KeepTexts,
+    MethodNames,
     Positions,
     Threads,
     clear_errors,
-    listed,
     numbers,
     numbers_table,
-    parse_keep,
+    parse_keeps,
+    parse_methods,
     parse_size,
     pick_device,
 )
@@ -36,16 +38,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 def profile(
     model: Annotated[
         str | None,
-        typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm, tinyvlm-next or photovlm."),
+        typer.Argument(help=f"A checkpoint: {A_MODEL}."),
     ] = None,
     random_weights: Annotated[
         str | None,
         typer.Option("--random-weights", metavar="CONFIG", help="No checkpoint: random weights for this config.json."),
     ] = None,
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="Some of `vtc methods`, with commas; all: every one that fits.")
-    ] = "divprune",
-    keep: Annotated[str, typer.Option("--keep", "-k", help="One or several of 0.25 or 64, with commas.")] = "0.25",
+    method: MethodNames = "divprune",
+    keep: KeepTexts = "0.25",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
     image: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the picture; default: the model's own.")] = None,
     text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
@@ -75,18 +75,23 @@ def profile(
     with clear_errors():
         import torch
 
+        from vtc.patching import patch
         from vtc.profiling.configs import settings_beside
         from vtc.profiling.measure import profile as measure
         from vtc.profiling.workload import Workload
 
-        keeps, batches = [parse_keep(each) for each in listed(keep, "keep")], numbers(batch, "batch")
+        keeps, batches = parse_keeps(keep), numbers(batch, "batch")
         workload = Workload(None if image is None else parse_size(image), text)
         if threads:
             torch.set_num_threads(threads)
         vlm, processor, name = _load(model, random_weights, pick_device(device), dtype, attention)
         if random_weights is not None:
             workload = replace(workload, settings=settings_beside(random_weights))
-        methods = _fitting(vlm, console) if method == "all" else listed(method, "method")
+        methods = parse_methods(
+            method,
+            lambda name: patch(vlm, name).unpatch(),
+            lambda line: console.print(line, style="dim", markup=False, highlight=False),
+        )
         measured = measure(
             vlm,
             lambda size: workload.inputs(vlm, size, processor),
@@ -126,12 +131,11 @@ def _load(
     model: str | None, random_weights: str | None, device: str, dtype: str, attention: str | None
 ) -> tuple[Any, Any, str]:
     """The model, its processor if there is one, and its name."""
-    import importlib
-
     import torch
     from transformers.utils import logging
 
     from vtc.checkpoint import Checkpoint
+    from vtc.names import SHIPPED, load
     from vtc.profiling.workload import random_model
 
     logging.disable_progress_bar()
@@ -144,7 +148,7 @@ def _load(
     if random_weights is not None:
         vlm, processor, name = random_model(random_weights, device, kind), None, f"random:{random_weights}"
     elif model in SHIPPED:
-        vlm, processor = importlib.import_module(SHIPPED[model]).load()
+        vlm, processor = load(model)
         vlm, name = vlm.to(device, kind), model
     else:
         assert model is not None
@@ -153,24 +157,6 @@ def _load(
     if attention is not None:
         vlm.set_attn_implementation(attention)
     return vlm, processor, name
-
-
-def _fitting(model: Any, console: Any) -> list[str]:
-    """Every registered method that the model can do with a picture; the others are named with the reason."""
-    from vtc.methods import list_methods, method_class
-    from vtc.methods.video import VideoMethod
-    from vtc.patching import patch
-
-    fitting = []
-    for name in list_methods():
-        try:
-            if issubclass(method_class(name), VideoMethod):
-                raise ValueError(f"{name} chooses between the frames of a video, and a picture is measured here")
-            patch(model, name).unpatch()
-            fitting.append(name)
-        except ValueError as error:
-            console.print(f"left out: {error}", style="dim", markup=False, highlight=False)
-    return fitting
 
 
 def describe(model: Any, name: str, workload: Any) -> dict[str, str]:

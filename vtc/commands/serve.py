@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from vtc.children import Relay
-from vtc.commands.shared import SHIPPED, KeepText, MethodName, Options, Positions, build_config, clear_errors
+from vtc.commands.shared import A_MODEL, KeepText, MethodName, Options, Positions, build_config, clear_errors
+from vtc.names import SHIPPED, at_hand
 from vtc.values import shown
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm or tinyvlm-next.")
-    ] = "tinyvlm",
+    model: Annotated[str, typer.Argument(help=f"A checkpoint: {A_MODEL}.")] = "tinyvlm",
     method: MethodName = "divprune",
     keep: KeepText = "0.25",
     option: Options = None,
@@ -52,6 +51,7 @@ def serve(
                 return
             check_version()
             _become(built)
+        checkpoints.check(model)
         if dry_run:
             raise ValueError(f"--dry-run: {model} is written for vLLM first: python -m vtc_vllm.checkpoints FOLDER")
         check_version()
@@ -99,7 +99,8 @@ def _architectures(model: str) -> list[str]:
     else:
         from transformers import AutoConfig
 
-        found = AutoConfig.from_pretrained(model).to_dict()
+        with at_hand(model):
+            found = AutoConfig.from_pretrained(model).to_dict()
     return list(found.get("architectures") or [])
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from vtc.names import SHIPPED
 from vtc.values import shortened, shown
 
 if TYPE_CHECKING:
@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 
     from vtc.config import CompressionConfig
 
+A_MODEL = f"a local folder, a name on the hub, or {', '.join(list(SHIPPED)[:-1])} or {list(SHIPPED)[-1]}"
+"""What every command that loads a model takes, for its help."""
+
 MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `vtc methods`.")]
 KeepText = Annotated[
     str, typer.Option("--keep", "-k", help="0.25: a quarter of each image's tokens stays; 64: that many tokens stay.")
+]
+MethodNames = Annotated[
+    str,
+    typer.Option("--method", "--methods", "-m", help="Some of `vtc methods`, with commas; all: every one that fits."),
+]
+KeepTexts = Annotated[
+    str, typer.Option("--keep", "-k", help="One or several of 0.25 or 64, with commas; every method gets each.")
 ]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="An option of the method, as name=value; repeatable.")
@@ -38,9 +48,6 @@ When = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: a GPU where there is one.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves them alone.")]
-
-SHIPPED = {"tinyvlm": "vtc_tinyvlm", "tinyvlm-next": "vtc_tinyvlm_next", "photovlm": "vtc_photovlm"}
-"""Models that come with vtc, by name: the package that has each."""
 
 TRACEBACK: ContextVar[bool] = ContextVar("vtc_traceback", default=False)
 """Whether errors are to be shown as they are: ``vtc --traceback``."""
@@ -61,18 +68,6 @@ def clear_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def folder_of(model: str) -> str:
-    """The checkpoint's folder of a model that comes with vtc (photovlm is put together first); another name as it is.
-
-    Raises:
-        OSError: parts of it cannot be had.
-    """
-    if model not in SHIPPED:
-        return model
-    package = importlib.import_module(SHIPPED[model])
-    return str(package.whole() if hasattr(package, "whole") else package.CHECKPOINT)
-
-
 def parse_keep(text: str) -> float | int:
     """``"64"`` is 64 tokens, ``"0.25"`` a quarter, ``"1"`` one token and ``"1.0"`` all of them."""
     try:
@@ -84,6 +79,42 @@ def parse_keep(text: str) -> float | int:
             raise ValueError(
                 f"--keep {shown(text)} is neither a fraction such as 0.25 nor a count such as 64"
             ) from None
+
+
+def parse_keeps(text: str) -> list[float | int]:
+    """Several of what :func:`parse_keep` takes, with commas."""
+    return [parse_keep(each) for each in listed(text, "keep")]
+
+
+def parse_methods(
+    text: str, attempt: Callable[[str], object], tell: Callable[[str], object], videos: bool = False
+) -> list[str]:
+    """Methods by name, with commas. ``all`` is every registered one that fits; the others are told with the reason.
+
+    Args:
+        text: what was asked for.
+        attempt: called with a name, raises ValueError where the model or the task is not for it; only for ``all``.
+        tell: called with a line of text for each method left out.
+        videos: whether there are frames to choose between.
+
+    Raises:
+        ValueError: the list is empty. A name that there is no method of is refused by who builds it.
+    """
+    from vtc.methods import list_methods, method_class
+    from vtc.methods.video import VideoMethod
+
+    if text.strip() != "all":
+        return listed(text, "method")
+    fitting = []
+    for name in list_methods():
+        try:
+            if not videos and issubclass(method_class(name), VideoMethod):
+                raise ValueError(f"{name} chooses between the frames of a video, and there is a picture here")
+            attempt(name)
+            fitting.append(name)
+        except ValueError as error:
+            tell(f"left out: {error}")
+    return fitting
 
 
 def parse_options(options: list[str] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vtc.commands.shared import (
+    A_MODEL,
     Calibration,
     Device,
     KeepText,
@@ -16,7 +17,6 @@ from vtc.commands.shared import (
     Positions,
     build_config,
     clear_errors,
-    folder_of,
     pick_device,
 )
 from vtc.files import replacing, write_text
@@ -27,9 +27,7 @@ PICTURES, ANIMATIONS, PAGES = (".png", ".jpg", ".jpeg", ".webp"), (".gif",), (".
 
 def show(
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint: a local folder, a name on the hub, tinyvlm, tinyvlm-next or photovlm.")
-    ] = "tinyvlm",
+    model: Annotated[str, typer.Argument(help=f"A checkpoint: {A_MODEL}.")] = "tinyvlm",
     method: MethodName = "divprune",
     keep: KeepText = "0.25",
     option: Options = None,
@@ -67,8 +65,7 @@ def show(
         if out.suffix.lower() in PAGES:
             import_jinja()  # or a missing one would be noticed when all is computed
 
-        name = folder_of(model)
-        checkpoint = Checkpoint.load(name, device=pick_device(device), dtype=dtype)
+        checkpoint = Checkpoint.load(model, device=pick_device(device), dtype=dtype)
         inputs = checkpoint.encode(picture, question)
         with patch(checkpoint.model, config) as handle:
             tokens = checkpoint.model.generate(**inputs, max_new_tokens=16, do_sample=False)

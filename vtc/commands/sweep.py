@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vtc.commands.shared import (
-    SHIPPED,
+    A_MODEL,
     Calibration,
     Device,
+    KeepTexts,
+    MethodNames,
     Positions,
     Threads,
     clear_errors,
-    listed,
     numbers,
     numbers_table,
-    parse_keep,
+    parse_keeps,
+    parse_methods,
     pick_device,
 )
 from vtc.values import shown
@@ -32,9 +34,7 @@ if TYPE_CHECKING:
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(
-        help="tinyvlm, tinyvlm-next, photovlm, or a checkpoint that can do the task; default: the task's own model."
-    ),
+    typer.Argument(help=f"A checkpoint that can do the task: {A_MODEL}; default: the task's own model."),
 ]
 TaskName = Annotated[
     str | None,
@@ -49,10 +49,8 @@ def sweep(
     model: ModelName = None,
     task: TaskName = None,
     include_path: IncludePath = None,
-    methods: Annotated[
-        str, typer.Option("--methods", "--method", "-m", help="Some of `vtc methods`, with commas.")
-    ] = "divprune,todre",
-    keep: Annotated[str, typer.Option("--keep", "-k", help="Several of 0.25 or 64, with commas.")] = "0.5,0.25,0.1",
+    method: MethodNames = "divprune,todre",
+    keep: KeepTexts = "0.5,0.25,0.1",
     batch: Annotated[str, typer.Option(help="Batch sizes that are timed, with commas.")] = "8",
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Also random, grid, downsample and pool, where they fit.")
@@ -81,10 +79,11 @@ def sweep(
         from vtc.profiling import sweep as work
         from vtc.profiling.page import write_report
 
-        keeps, batches = [parse_keep(each) for each in listed(keep, "keep")], numbers(batch, "batch")
+        keeps, batches = parse_keeps(keep), numbers(batch, "batch")
         exam, name = make_exam(model, task, include_path, questions, pick_device(device), threads)
         wanted = work.fitting_baselines(exam) if baselines else []
-        cells = work.plan(exam, [*wanted, *listed(methods, "methods")], keeps, positions, calibration)
+        methods = parse_methods(method, lambda name: work.plan(exam, [name], keeps, positions, calibration), tell)
+        cells = work.plan(exam, [*wanted, *methods], keeps, positions, calibration)
         with tqdm(total=len(cells), desc="cells") as bar:
             rows = work.sweep(
                 exam,
@@ -160,12 +159,12 @@ def make_exam(
     from transformers.utils import logging
 
     from vtc.checkpoint import Checkpoint
+    from vtc.names import SHIPPED, load
     from vtc.profiling.exam import Exam
-    from vtc.profiling.tasks import load
 
     if model is not None and model not in SHIPPED and task is None:
         raise ValueError(f"--task is needed: which questions can {shown(model)} answer?")
-    chosen = find_task(task or (model if model in SHIPPED else "tinyvlm"), include)
+    chosen = find_task(task or (SHIPPED[model].task if model in SHIPPED else "tinyvlm"), include)
     name = model or chosen.model
     if name is None:
         raise ValueError(f"task {chosen.name!r} has no model of its own; name a checkpoint")
@@ -174,7 +173,7 @@ def make_exam(
     if threads:
         torch.set_num_threads(threads)
     if name in SHIPPED:
-        vlm, processor = load(name, SHIPPED[name])
+        vlm, processor = load(name)
         vlm = vlm.to(device).eval()
     else:
         checkpoint = Checkpoint.load(name, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,10 @@ from vtc.commands.shared import (
 )
 from vtc.commands.sweep import IncludePath, ModelName, TaskName, make_exam
 from vtc.values import shown
+
+if TYPE_CHECKING:
+    from vtc.config import CompressionConfig
+    from vtc.profiling.exam import Exam
 
 
 def tune(
@@ -71,6 +75,8 @@ def tune(
             "questions; tokens averaged over layers.",
             highlight=False,
         )
+        if (sentence := budget_beside(exam, config)) is not None:
+            console.print(sentence, markup=False, highlight=False)
         if found.unsure:
             shown = ", ".join(f"{keep:g}" for keep in found.unsure)
             console.print(f"keep {shown}: {found.questions} questions are too few to tell", highlight=False)
@@ -80,6 +86,22 @@ def tune(
     if found.config is None:
         typer.echo(f"vtc: no keep below 1 is surely within a loss of {max_drop}; nothing was written", err=True)
         raise typer.Exit(1)
+
+
+def budget_beside(exam: Exam, config: CompressionConfig) -> str | None:
+    """How a processor's own budget compares with the method at half the tokens, by arithmetic on the first question's
+    picture; ``None`` where it has none, or where what it makes of a picture is not known ahead.
+    """
+    from vtc.profiling.estimate import estimate
+    from vtc.profiling.verdict import budget_first
+
+    settings = exam.processor.image_processor.to_dict()
+    device = "cpu" if exam.model.device.type == "cpu" else "h200"
+    try:
+        found = estimate(exam.model, exam.asked[0].image.size, method=config, device=device, settings=settings)
+    except ValueError:
+        return None
+    return budget_first(found) if found.halves else None
 
 
 def parse_drop(text: str) -> float:

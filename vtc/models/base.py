@@ -23,6 +23,7 @@ from vtc.errors import UnsupportedModelError
 from vtc.feed import Feed, Picture
 from vtc.methods.base import ModelFacts
 from vtc.models import elsewhere
+from vtc.models.refused import REFUSED
 from vtc.signals import TOWER_SIGNALS, Pixels, Signal, TowerSignal
 from vtc.tokens import Layout
 
@@ -191,6 +192,18 @@ class Adapter:
         """
         raise NotImplementedError(f"{type(self).__name__} has no rule for the size of a picture")
 
+    def budgets(
+        self, parts: Parts, picture: Picture, settings: Mapping[str, Any]
+    ) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Ever smaller budgets that the processor can be given for an image; none where it has no budget of its own.
+
+        Arguments are those of :meth:`feed`.
+
+        Returns:
+            Of each how it is written, and what it changes in ``settings``.
+        """
+        return ()
+
     def tower(self, base: Any, modality: str) -> Tower | None:
         """The vision tower that signals are read from, ``None`` where patches and tokens cannot be matched."""
         return None
@@ -246,17 +259,6 @@ class Adapter:
 
 
 _REGISTRY: dict[str, Adapter] = {}
-REFUSED: dict[str, str] = {
-    "llama4": "its decoder attends in fixed chunks of positions, which do not survive dropped tokens",
-    "mllama": "its visual tokens enter through cross-attention and are not in the decoder's sequence",
-    "idefics": "its visual tokens enter through cross-attention and are not in the decoder's sequence",
-    "t5gemma2": "it is an encoder-decoder: visual tokens are not in the decoder's sequence",
-    "fuyu": "its image patches go straight into the language model, without an encoder to listen to",
-    "florence2": "it is an encoder-decoder: visual tokens are not in the decoder's sequence",
-    "blip-2": "a Q-former compresses its image already, and its language model need not be a decoder",
-    "instructblip": "a Q-former compresses its image already, and its language model need not be a decoder",
-}
-"""Families that are known not to work, and why."""
 
 
 def register_model(adapter: type[Adapter]) -> type[Adapter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,9 @@ from vtc.models import clip, units
 from vtc.models import pictures as sizes
 from vtc.models.base import Adapter, Parts, register_model, square
 from vtc.tokens import Layout
+
+SOFT_TOKENS, FEWER_SOFT_TOKENS = 280, (140, 70)
+"""Gemma 4's budget as published, and the smaller ones that its processor takes."""
 
 
 @register_model
@@ -45,6 +48,11 @@ class Plain(Adapter):
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
         return sizes.pixtral(parts, picture, settings)
 
+    def budgets(
+        self, parts: Parts, picture: Picture, settings: Mapping[str, Any]
+    ) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        return sizes.pixtral_budgets(parts, picture, settings)
+
 
 @register_model
 class Tiles(Adapter):
@@ -75,7 +83,7 @@ class Tiles(Adapter):
         from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
         side = sizes.side(parts) // parts.config.scale_factor
-        tile = settings.get("max_image_size", {}).get("longest_edge", sizes.one(parts.config.vision_config.image_size))
+        tile = _tile(parts, settings)
         if not settings.get("do_image_splitting", True):
             return sizes.squares(parts, picture, 1, side**2, "one picture", lengths=(side**2,))
         longest = settings.get("size", {}).get("longest_edge", 4 * tile)
@@ -89,6 +97,23 @@ class Tiles(Adapter):
         count = across * down + 1 if across * down > 1 else 1
         words = f"{across}x{down} tiles and a thumbnail" if count > 1 else "one picture"
         return sizes.squares(parts, picture, count, side**2, words, lengths=(count * side**2,))
+
+    def budgets(
+        self, parts: Parts, picture: Picture, settings: Mapping[str, Any]
+    ) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Fewer tiles along the longer side."""
+        if settings.get("do_image_splitting", True):
+            tile = _tile(parts, settings)
+            longest = settings.get("size", {}).get("longest_edge", 4 * tile)
+            for most in range((longest - 1) // tile * tile, 0, -tile):
+                size = {"longest_edge": most}
+                yield f"size={size}", {"size": size}
+
+
+def _tile(parts: Parts, settings: Mapping[str, Any]) -> int:
+    """Side of a tile in pixels."""
+    native = sizes.one(parts.config.vision_config.image_size)
+    return int(settings.get("max_image_size", {}).get("longest_edge", native))
 
 
 @register_model
@@ -136,7 +161,7 @@ class Gemma4(PrefixLM):
 
         vision = parts.config.vision_config
         pool, patch = vision.pooling_kernel_size, vision.patch_size
-        most = settings.get("max_soft_tokens", 280) * pool**2
+        most = settings.get("max_soft_tokens", SOFT_TOKENS) * pool**2
         height, width = get_aspect_ratio_preserving_size(picture.height, picture.width, patch, most, pool)
         rows, columns = height // (patch * pool), width // (patch * pool)
         return Feed(
@@ -146,3 +171,10 @@ class Gemma4(PrefixLM):
             lengths=(rows * columns,),
             words=f"resized to {width}x{height}: {columns}x{rows} tokens",
         )
+
+    def budgets(
+        self, parts: Parts, picture: Picture, settings: Mapping[str, Any]
+    ) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Smaller numbers of soft tokens."""
+        now = settings.get("max_soft_tokens", SOFT_TOKENS)
+        return [(f"max_soft_tokens={n}", {"max_soft_tokens": n}) for n in FEWER_SOFT_TOKENS if n < now]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -52,13 +52,27 @@ class InternVL(Adapter):
         return list(tokens if values.dim() > 2 else tokens[..., 0])
 
     def feed(self, parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed:
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
-        size = sizes.one(parts.config.vision_config.image_size)
-        bounds = settings.get("min_patches", 1), settings.get("max_patches", 12)
-        columns, rows = get_optimal_tiled_canvas((picture.height, picture.width), (size, size), *bounds)
+        columns, rows = _canvas(parts, picture, settings)
         tiles = columns * rows
         count = tiles + (tiles > 1)
         each = int(sizes.side(parts) * parts.config.downsample_ratio) ** 2
         words = f"{columns}x{rows} tiles and a thumbnail" if tiles > 1 else "one tile"
         return sizes.squares(parts, picture, count, each, words)
+
+    def budgets(
+        self, parts: Parts, picture: Picture, settings: Mapping[str, Any]
+    ) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Fewer tiles than the picture has now."""
+        columns, rows = _canvas(parts, picture, settings)
+        for most in range(columns * rows - 1, settings.get("min_patches", 1) - 1, -1):
+            yield f"max_patches={most}", {"max_patches": most}
+
+
+def _canvas(parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Columns and rows of tiles."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    size = sizes.one(parts.config.vision_config.image_size)
+    bounds = settings.get("min_patches", 1), settings.get("max_patches", 12)
+    columns, rows = get_optimal_tiled_canvas((picture.height, picture.width), (size, size), *bounds)
+    return columns, rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,12 @@ class Llava(Adapter):
         if parts.config.vision_config.model_type == "pixtral":
             return sizes.pixtral(parts, picture, settings)
         return sizes.squares(parts, picture, 1, sizes.features(parts, picture), "one picture")
+
+    def budgets(
+        self, parts: Parts, picture: Picture, settings: Mapping[str, Any]
+    ) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        packed = parts.config.vision_config.model_type == "pixtral"
+        return sizes.pixtral_budgets(parts, picture, settings) if packed else ()
 
 
 class _AnyRes(Adapter):

@@ -5,7 +5,7 @@ The rules are transformers' own functions wherever it has them without needing p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ def pixtral(parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed
     from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 
     vision, merge = parts.config.vision_config, getattr(parts.config, "spatial_merge_size", 1)
-    size = settings.get("size", {})
-    longest = size.get("longest_edge") or size.get("height") or one(vision.image_size)
+    longest = _longest(parts, settings)
     blank, cell = torch.empty(3, picture.height, picture.width, device="meta"), one(vision.patch_size) * merge
     height, width = get_resize_output_image_size(blank, longest, cell, "channels_first")
     rows, columns = height // cell, width // cell
@@ -74,3 +73,18 @@ def pixtral(parts: Parts, picture: Picture, settings: Mapping[str, Any]) -> Feed
         words=f"resized to {width}x{height}: {columns}x{rows} tokens",
         arguments={"image_sizes": [[height, width]]},
     )
+
+
+def pixtral_budgets(
+    parts: Parts, picture: Picture, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Shorter longest sides than the picture has now, an eighth of it each."""
+    now = min(_longest(parts, settings), max(picture.width, picture.height))
+    for eighths in range(7, 0, -1):
+        size = {"longest_edge": now * eighths // 8}
+        yield f"size={size}", {"size": size}
+
+
+def _longest(parts: Parts, settings: Mapping[str, Any]) -> int:
+    size = settings.get("size", {})
+    return size.get("longest_edge") or size.get("height") or one(parts.config.vision_config.image_size)

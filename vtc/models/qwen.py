@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -89,10 +89,7 @@ class Grids(Adapter):
         family, vision = parts.config.model_type, parts.config.vision_config
         merge, patch = vision.spatial_merge_size, vision.patch_size
         pair = vision.temporal_patch_size
-        size = settings.get("size") or {}
-        fewest, most = _PIXELS[family][picture.frames is not None]
-        fewest = settings.get("min_pixels") or size.get("shortest_edge") or fewest
-        most = settings.get("max_pixels") or size.get("longest_edge") or most
+        fewest, most = _bounds(family, picture, settings)
         bounds = {"factor": patch * merge, "min_pixels": fewest, "max_pixels": most}
         shape = {"height": picture.height, "width": picture.width}
         if family == "glm46v" or (picture.frames is not None and family not in ("qwen2_vl", "qwen2_5_vl")):
@@ -117,6 +114,16 @@ class Grids(Adapter):
             arguments={f"{picture.modality}_grid_thw": [[times, rows, columns]]},
         )
 
+    def budgets(
+        self, parts: Parts, picture: Picture, settings: Mapping[str, Any]
+    ) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Half the pixels that the picture has now, if the processor does not enlarge such a one again."""
+        vision = parts.config.vision_config
+        ((_, rows, columns),) = self.feed(parts, picture, settings).arguments["image_grid_thw"]
+        most = rows * columns * vision.patch_size**2 // 2
+        if most >= _bounds(parts.config.model_type, picture, settings)[0]:
+            yield f"max_pixels={most}", {"max_pixels": most}
+
 
 @register_model
 class GlmV(Grids):
@@ -126,6 +133,16 @@ class GlmV(Grids):
 
     def placeholders(self, config: Any) -> dict[str, int]:
         return {"image": config.image_token_id, "video": config.image_token_id}
+
+
+def _bounds(family: str, picture: Picture, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Fewest and most pixels."""
+    size = settings.get("size") or {}
+    fewest, most = _PIXELS[family][picture.frames is not None]
+    return (
+        settings.get("min_pixels") or size.get("shortest_edge") or fewest,
+        settings.get("max_pixels") or size.get("longest_edge") or most,
+    )
 
 
 def _windows(vision: Any, rows: int, columns: int, merge: int, times: int) -> tuple[tuple[int, int], ...]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from vtc import published
 from vtc.models import UnsupportedModelError, list_models
-from vtc.models.base import REFUSED
+from vtc.models.refused import REFUSED
+from vtc.names import at_hand, folder_of
+from vtc.published import Published
 from vtc.values import shown
 
 
@@ -16,30 +20,21 @@ def config_of(model: Any) -> Any:
     """The config of a vision-language model.
 
     Args:
-        model: a config object, a folder, a config.json, or a name on the hub.
+        model: a config object, a folder, a config.json, the name of a model that comes with vtc or that is known
+            without a hub (:mod:`vtc.published`), or another name on the hub.
 
     Raises:
         TypeError: anything else.
-        ValueError: there is no such file, or the config is of no model with visual tokens.
+        ValueError: a folder without a config, or a config of no model with visual tokens.
         UnsupportedModelError: the family cannot be pruned; with the reason.
-        OSError: there is no such model on the hub.
+        OSError: there is no such model, or the hub cannot be asked.
     """
     import transformers as tf
 
     if isinstance(model, tf.PreTrainedConfig):
         config = model
     elif isinstance(model, (str, os.PathLike)):
-        path = Path(model)
-        if os.path.isdir(path) and not os.path.isfile(path / "config.json"):
-            raise ValueError(f"the folder {shown(str(path))} has no config.json")
-        local = path.suffix == ".json" or len(path.parts) > 2 or str(model).startswith((".", "/", "~"))
-        if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
-            raise ValueError(f"{shown(str(path))} is no regular file, and is not opened")
-        if local and not os.path.exists(path):
-            raise ValueError(
-                f"there is no {shown(str(path))}; a model is a folder, a config.json, or OWNER/NAME on the hub"
-            )
-        config = tf.AutoConfig.from_pretrained(str(model))
+        config = known.config() if (known := published_as(model)) else _read(os.fspath(model))
     else:
         raise TypeError(f"{type(model).__name__} is neither a config, a model, a folder nor a name on the hub")
     name = config.model_type
@@ -57,6 +52,33 @@ def config_of(model: Any) -> Any:
     raise ValueError(f"this config, of model_type {shown(name)}, {reason}: there are no visual tokens to prune")
 
 
+def _read(model: str) -> Any:
+    import transformers as tf
+
+    name = folder_of(model)
+    path = Path(name)
+    if os.path.isdir(path) and not os.path.isfile(path / "config.json"):
+        raise ValueError(f"the folder {shown(str(path))} has no config.json")
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+        raise ValueError(f"{shown(str(path))} is no regular file, and is not opened")
+    with at_hand(name, also=_also(name)):
+        return tf.AutoConfig.from_pretrained(name)
+
+
+def published_as(model: str | os.PathLike[str]) -> Published | None:
+    """What is known of a name without a hub; a folder or file of that name goes before."""
+    return None if os.path.exists(model) else published.find(os.fspath(model))
+
+
+def _also(name: str) -> str:
+    """Names that are known without a hub, the nearest ones first."""
+    known = list(published.models())
+    short = {each.partition("/")[2].lower(): each for each in known}
+    near = difflib.get_close_matches(name.rpartition("/")[2].lower(), short, n=3, cutoff=0.5)
+    shown_first = [short[each] for each in near] or known[:: len(known) // 3]
+    return f"a model that is known without a hub, such as {', '.join(shown_first)} (vtc estimate --table has all); "
+
+
 def builds(config: Any) -> bool:
     """Whether transformers has a model for images and text of this very config: its mapping goes by names of classes,
     which other packages use, too.
@@ -68,22 +90,33 @@ def builds(config: Any) -> bool:
 
 
 def settings_beside(name: str | os.PathLike[str], modality: str = "image") -> dict[str, Any]:
-    """What the processor files of a checkpoint say, a local folder or a name on the hub; empty without any.
+    """What the processor files of a checkpoint say, under the names that :func:`config_of` takes; empty without any.
+
+    Of a model that is known without a hub, images only: what its files say of videos is not known.
 
     Raises:
         ValueError: a file is no JSON object.
+        OSError: the hub cannot be asked.
     """
-    from transformers.utils.hub import cached_file
-
+    if (known := published_as(name)) is not None:
+        return dict(known.settings) if modality == "image" else {}
+    name = folder_of(os.fspath(name))
     if os.path.isfile(name):  # a config.json
         name = Path(name).resolve().parent
+    with at_hand(str(name)):
+        return _files_beside(str(name), modality)
+
+
+def _files_beside(name: str, modality: str) -> dict[str, Any]:
+    from transformers.utils.hub import cached_file
+
     image = ("preprocessor_config.json", None)
     nested = ("processor_config.json", f"{modality}_processor")
     # checkpoints older than video processors have one file for both
     files = (image, nested) if modality == "image" else (("video_preprocessor_config.json", None), nested, image)
     for file, key in files:
         path = cached_file(
-            str(name),
+            name,
             file,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

@@ -29,6 +29,7 @@ from vtc.methods.stages import steps_of
 from vtc.models import Adapter, Parts, UnsupportedModelError, resolve
 from vtc.models.base import square
 from vtc.places import Layer, Tower
+from vtc.profiling.budget import Way, half_kept, smaller_feed
 from vtc.profiling.configs import config_of, settings_beside
 from vtc.profiling.encoder import Encoder
 from vtc.profiling.feed import feed_of
@@ -56,6 +57,10 @@ class Estimate(Savings):
             "verdict": list(self.verdict),
         }
 
+    def as_way(self, words: str) -> Way:
+        """Its pruned side as a way to be compared with others."""
+        return Way(words, self.pruned.visual[0], self.ttft_ratio, self.ttft_seconds_pruned)
+
     def __str__(self) -> str:
         return " ".join(self.verdict)
 
@@ -79,8 +84,8 @@ def estimate(
     Rules of counting are those of :mod:`vtc.costs`; numbers are two bytes each. Selecting the tokens is not counted.
 
     Args:
-        model: a transformers config; a model, of which only the config is read; or a local folder, config.json or name
-            on the hub.
+        model: a transformers config; a model, of which only the config is read; or a local folder, a config.json, the
+            name of a model that comes with vtc or is known without a hub (:mod:`vtc.published`), or another on the hub.
         image: (width, height) in pixels.
         frames: a video of so many such images instead of one image.
         text: tokens of the prompt that are not visual.
@@ -118,36 +123,60 @@ def estimate(
     visual = sum(layout.length for layout in layouts)
     facts = adapter.facts(parts)
     tower = adapter.tower(parts.base, picture.modality)
-    blocks, left, uneven = None, 0, False
-    if tower is not None and facts.tower_depth:
-        blocks = rows_per_block(chosen, facts, feed, tower, pictures)
-        left = 0 if facts.restores else (sum(feed.sequences) - sum(blocks[-1])) // tower.unit
-        uneven = left > 0 and tower.packed and (len(feed.sequences) > 1 or bool(feed.windows))
-    per_layer = tokens_per_layer(chosen, facts, layouts)
     encoder, decoder = Encoder.of(parts, picture.modality), Decoder.of(parts.decoder, root)
     depth = len(decoder.layers)
+
+    def pruned(by: Method) -> dict[str, Any]:
+        """What depends on the method."""
+        blocks, left = None, 0
+        if tower is not None and facts.tower_depth:
+            blocks = rows_per_block(by, facts, feed, tower, pictures)
+            left = 0 if facts.restores else (sum(feed.sequences) - sum(blocks[-1])) // tower.unit
+        per_layer = tokens_per_layer(by, facts, layouts)
+        uneven = left > 0 and tower is not None and tower.packed and (len(feed.sequences) > 1 or bool(feed.windows))
+        return {
+            "method": str(by),
+            "vision_pruned": encoder.vision(feed, batch, blocks, left if tower is not None and tower.mergers else 0),
+            "in_tower": any(isinstance(step.stage.at, Tower) for step in steps_of(by, facts)),
+            "projector_pruned": encoder.projection(feed, batch, left),
+            "pruned": PromptCost.of(decoder, per_layer, text, batch),
+            "notes": tuple(assumptions(by, picture, per_layer, of_picture, tokens, uneven)),
+        }
+
     parameters = sum(parameter.numel() for parameter in root.parameters())
-    return Estimate(
+    found = Estimate(
         model=parts.config.model_type,
         parameters=parameters,
         picture=str(picture),
         fed=feed.words,
-        method=str(chosen),
         visual_tokens=visual,
         text_tokens=text,
         batch=batch,
         vision=encoder.vision(feed, batch),
         projector=encoder.projection(feed, batch),
-        vision_pruned=encoder.vision(feed, batch, blocks, left if tower is not None and tower.mergers else 0),
-        in_tower=any(isinstance(step.stage.at, Tower) for step in steps_of(chosen, facts)),
-        projector_pruned=encoder.projection(feed, batch, left),
         full=PromptCost.of(decoder, [visual] * depth, text, batch),
-        pruned=PromptCost.of(decoder, per_layer, text, batch),
         text_only=decoder.prefill([text] * depth, batch),
         weight_bytes=2.0 * parameters,
         device=device,
-        notes=tuple(assumptions(chosen, picture, per_layer, of_picture, tokens, uneven)),
+        open_tower=bool(facts.tower_depth),
+        **pruned(chosen),
     )
+    smaller = None if tokens is not None else smaller_feed(adapter, parts, picture, settings, visual)
+    if smaller is None:
+        return found
+    words, less = smaller
+    fewer = sum(layout.length for layout in _layouts(adapter, parts, picture, less))
+    ways = [
+        replace(
+            found,
+            vision_pruned=encoder.vision(less, batch),
+            projector_pruned=encoder.projection(less, batch),
+            pruned=PromptCost.of(decoder, [fewer] * depth, text, batch),
+        ).as_way(words)
+    ]
+    if (half := half_kept(chosen)) is not None:
+        ways.append(replace(found, **pruned(half)).as_way(f"keep=0.5 ({chosen.name})"))
+    return replace(found, halves=tuple(ways))
 
 
 def tokens_per_layer(method: Method, facts: ModelFacts, layouts: Sequence[Layout]) -> list[int]:

@@ -9,6 +9,10 @@ from typing import ClassVar
 
 from vtc.costs import Cost, Decoder
 from vtc.devices import Device
+from vtc.profiling.budget import Way
+
+LOW_CEILING = 2.0
+"""Below it, what behind the tower can win is not much."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class Savings:
         text_only: prefill of the text alone: what is left of a prompt without visual tokens.
         weight_bytes: of the whole model.
         device: whose roofline it is.
+        open_tower: whether patches can leave inside the tower of this model.
+        halves: where the processor has a budget of its own: lowering that to about half the tokens, and beside it the
+            method with ``keep=0.5``; else empty.
         notes: what was assumed.
     """
 
@@ -82,6 +89,8 @@ class Savings:
     text_only: Cost
     weight_bytes: float
     device: Device
+    open_tower: bool = False
+    halves: tuple[Way, ...] = ()
     notes: tuple[str, ...] = ()
 
     RATIOS: ClassVar[tuple[str, ...]] = (
@@ -95,6 +104,7 @@ class Savings:
         "decode_ratio",
         "cache_ratio",
         "average_keep",
+        "best_place",
         "ridge_tokens",
     )
 
@@ -152,6 +162,13 @@ class Savings:
     def cache_ratio(self) -> float:
         """Bytes of keys and values, unpruned over pruned."""
         return self.full.cache_bytes / self.pruned.cache_bytes
+
+    @property
+    def best_place(self) -> str:
+        """Where tokens leave with the greatest gain: ``tower`` where what lies behind it cannot win much and patches
+        may leave inside it, else ``entry``, since every layer that tokens leave later has worked for them.
+        """
+        return "tower" if self.open_tower and self.ceiling < LOW_CEILING else "entry"
 
     @property
     def average_keep(self) -> float:

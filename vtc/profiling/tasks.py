@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vtc.names import SHIPPED
 from vtc.values import shown
 
 
@@ -24,7 +25,7 @@ class Task:
             ``type``; ``answer`` if it is to tell two questions apart.
         score: called with the text answered and the question, gives a score in [0, 1]; ``None``: the task has no
             accuracy.
-        model: what ``vtc sweep`` and ``vtc tune`` run when no model is named: a name that :func:`load` knows.
+        model: what ``vtc sweep`` and ``vtc tune`` run when no model is named: one of :data:`vtc.names.SHIPPED`.
         apart: types of questions left out of the accuracy and shown beside it.
         max_new_tokens: an answer is cut there.
         wording: called with questions and a model's processor, gives the same questions with a ``prompt`` for this
@@ -114,21 +115,9 @@ def answers(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_token
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def load(name: str, package: str) -> tuple[Any, Any]:
-    """Model and processor of a shipped package; ``name`` is for the message.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        return importlib.import_module(package).load()
-    except ModuleNotFoundError as missing:
-        raise ImportError(f"the model {shown(name)} needs {missing.name}") from missing
-
-
-def _shipped(name: str, package: str) -> Callable[[], Task]:
+def _shipped(name: str) -> Callable[[], Task]:
     def make() -> Task:
-        home = importlib.import_module(package)
+        home = importlib.import_module(SHIPPED[name].module)
         return Task(
             name,
             questions=home.evaluation_questions,
@@ -142,6 +131,6 @@ def _shipped(name: str, package: str) -> Callable[[], Task]:
     return make
 
 
-register_task("tinyvlm", _shipped("tinyvlm", "vtc_tinyvlm"))
-register_task("tinyvlm-next", _shipped("tinyvlm-next", "vtc_tinyvlm_next"))
-register_task("photovlm", _shipped("photovlm", "vtc_photovlm"))
+for _name, _model in SHIPPED.items():
+    if _model.task == _name:
+        register_task(_name, _shipped(_name))

@@ -7,10 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from vtc.feed import Picture
 from vtc.methods import Method
-from vtc.profiling.savings import Savings
-
-LOW_CEILING = 2.0
-"""Below it, what behind the tower can win is not much."""
+from vtc.profiling.savings import LOW_CEILING, Savings
 
 
 def assumptions(
@@ -70,6 +67,8 @@ def verdict(e: Savings) -> Iterator[str]:
         yield f"Patches that leave inside the tower save {saved:.0%} of that, so that this bound does not hold here."
     elif e.ceiling < LOW_CEILING:
         yield "Only patches that leave inside the tower can pass that, such as with vtc.InTower()."
+    if e.halves:
+        yield budget_first(e)
     yield from _ridge(e)
     yield from _decoding(e)
     yield from _memory(e)
@@ -81,6 +80,16 @@ def verdict(e: Savings) -> Iterator[str]:
         yield f"Verdict: a modest gain, up to {gain:.2f}x {where}."
     else:
         yield f"Verdict: not worth it for speed, {gain:.2f}x at best {where}."
+
+
+def budget_first(e: Savings) -> str:
+    """The processor's own budget beside pruning, where there is one."""
+    ways = "; ".join(map(str, e.halves))
+    return (
+        "The processor has a budget of its own, and lowering it comes first: the vision tower gets less to do too. "
+        f"Floors of the first token on {e.device.name}: unpruned: {e.visual_tokens} tokens, "
+        f"{1e3 * e.ttft_seconds:.3g} ms; {ways}."
+    )
 
 
 def _ridge(e: Savings) -> Iterator[str]:
