@@ -5,12 +5,9 @@ Its encoder and pictures are no part of vtc, and a demo fetches nothing: `python
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import vtc_photovlm
 from vtc.config import CompressionConfig
@@ -59,14 +56,14 @@ def ask_photograph(config: CompressionConfig, overlay: Path | None = None, devic
     model = model.to(device)
     asked = next(q for q in vtc_photovlm.evaluation_questions(len(vtc_photovlm.TYPES)) if q.type == TYPE)
     (inputs,) = batches_of([asked], processor, 1, device, model.dtype)
-    said = []
-    for context in (contextlib.nullcontext(), patch(model, config)):
-        with context as handle:
-            said += answers(model, processor, inputs, vtc_photovlm.MAX_NEW_TOKENS)
-    kept: torch.Tensor = handle.last_keep[0][0]  # type: ignore[union-attr]
+    (unpruned,) = answers(model, processor, inputs, vtc_photovlm.MAX_NEW_TOKENS)
+    with patch(model, config) as handle:
+        (pruned,) = answers(model, processor, inputs, vtc_photovlm.MAX_NEW_TOKENS)
+    assert handle.last_keep is not None  # there was a picture
+    kept = handle.last_keep[0][0]
     tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
     if overlay is not None:
         overlay.parent.mkdir(parents=True, exist_ok=True)
         draw(asked.image, kept, (math.isqrt(tokens),) * 2).save(overlay)
     question = asked.prompt.replace(processor.image_token, "").strip()
-    return Photograph(question, asked.answer, *said, tokens, len(kept), overlay)
+    return Photograph(question, asked.answer, unpruned, pruned, tokens, len(kept), overlay)
