@@ -1,10 +1,12 @@
 """What the pages say, tried out: blocks of Python run, and `vtc` commands are such that the command line takes them."""
 
+import contextlib
 import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+import unittest
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ if importlib.util.find_spec("sybil") is None:
     pytest.skip("sybil is not installed: `nox -s docs` runs these", allow_module_level=True)
 
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 pytestmark = pytest.mark.docs
 
@@ -49,14 +51,18 @@ def test_a_page_reads_the_same_on_the_site(page):
 
 
 def run(page: Path) -> None:
-    """All blocks of a page, one after the other, with what a reader has at hand: a model, a processor and inputs."""
+    """All blocks of a page, one after the other, with what a reader has at hand: a model, a processor and inputs.
+
+    But for a block behind `<!--- skip: next "reason" --->`, which needs a server, or what is not installed here.
+    """
     model, processor = vtc_tinyvlm.load()
     question = vtc_tinyvlm.evaluation_questions(1)[0]
     inputs = processor(images=question.image, text=question.prompt, return_tensors="pt")
-    document = Sybil([PythonCodeBlockParser()], encoding="utf-8").parse(page)
+    document = Sybil([PythonCodeBlockParser(), SkipParser()], encoding="utf-8").parse(page)
     document.namespace.update(vtc=vtc, model=model, processor=processor, question=question, inputs=inputs)
     for example in document.examples():
-        example.evaluate()
+        with contextlib.suppress(unittest.SkipTest):
+            example.evaluate()
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
@@ -74,6 +80,20 @@ def test_a_block_that_fails_is_heard(tmp_path):
     page.write_text(page.read_text() + "\ntext\n\n```python\nassert len(kept.index) == 4\n```\n")
     with pytest.raises(AssertionError):
         run(page)
+
+
+def test_one_that_is_left_out_is_left_out_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text('<!--- skip: next "it needs a server" --->\n\n```python\nassert False\n```\n')
+    run(page)
+    page.write_text(page.read_text() + "\n```python\nassert False\n```\n")
+    with pytest.raises(AssertionError):
+        run(page)
+
+
+def test_what_is_left_out_has_a_reason():
+    directives = [each for text in TEXTS.values() for each in re.findall(r"^<!--+ *skip:.*", text, flags=re.M)]
+    assert [each for each in directives if not re.fullmatch(r'<!--- skip: next ".{10,}" --->', each)] == []
 
 
 def commands(text: str) -> list[list[str]]:
