@@ -30,6 +30,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtc.signals import TowerSignal
 from vtc_vllm import positions
+from vtc_vllm.metrics import Meter
 from vtc_vllm.processing import (
     FIELD,
     LlavaNextProcessor,
@@ -66,6 +67,7 @@ class PrunedModel:
         self.vtc = Selector(self.config, read(self.config.vtc))
         self._keeps_positions = self.vtc.config.positions == "original"
         self._media = list(media_ids(self.config).values())
+        self._meter = Meter(vllm_config.model_config.served_model_name, vllm_config.parallel_config.data_parallel_rank)
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """Encode, choose, leave the rest out; put offsets behind what stays."""
@@ -74,8 +76,11 @@ class PrunedModel:
         embeddings = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         modality = next(m for m, field in asked.items() if field is not None)  # a call has items of one modality
         seen = [e[:, : self.width(e)] for e in embeddings]
+        group, begun = get_tp_group(), self._meter.begin(embeddings[0].device)
         index = self.vtc.select(modality, seen, keeps_of(asked[modality]), sizes, self.heard())
-        if (group := get_tp_group()).world_size > 1:  # every rank has computed it; that they agree is not left to luck
+        if group.is_first_rank:
+            self._meter.end(begun, sum(len(own) < len(e) for own, e in zip(index, seen, strict=True)))
+        if group.world_size > 1:  # every rank has computed it; that they agree is not left to luck
             index = [group.broadcast(own.contiguous(), 0) for own in index]
         short = [e[own] for e, own in zip(embeddings, index, strict=True)]
         if not self._keeps_positions:

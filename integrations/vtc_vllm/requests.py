@@ -10,15 +10,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from vtc.values import shortened
-from vtc_vllm.settings import REQUEST_KEEP, places, request_keep
+from vtc_vllm.settings import ARGUMENTS, KNOWN, REQUEST_KEEP, places, request_keep
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-ARGUMENTS = "mm_processor_kwargs"
-KNOWN = f"{ARGUMENTS}.{REQUEST_KEEP}"
-"""The one place where a field of ours is read."""
 
 _DEAF = ("/v1/messages", "/cohere/")
 """Endpoints of vLLM that take images, and drop ``mm_processor_kwargs`` without a word."""

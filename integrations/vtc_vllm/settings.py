@@ -26,8 +26,9 @@ from vtc.values import shortened, shown
 
 SERVED = (Cls(), ClsLogits())
 """What can be had of a vision tower here, see :mod:`vtc_vllm.signals`."""
-REQUEST_KEEP = "vtc_keep"
-"""Name of the per-request keep among ``mm_processor_kwargs``."""
+ARGUMENTS, REQUEST_KEEP = "mm_processor_kwargs", "vtc_keep"
+KNOWN = f"{ARGUMENTS}.{REQUEST_KEEP}"
+"""The one field of ours that a request may have: its keep."""
 
 
 def places(value: Any) -> Iterator[str]:

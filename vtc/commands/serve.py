@@ -38,7 +38,7 @@ def serve(
     """Serve a model with vLLM, pruned, as an OpenAI endpoint. Options unknown here go to vLLM.
 
     For example --tensor-parallel-size 2, --max-model-len 8192. A request may ask for a keep of its own with
-    mm_processor_kwargs={"vtc_keep": 0.5}, where the server is started with --trust-request-mm-kwargs.
+    mm_processor_kwargs={"vtc_keep": 0.5}.
     """
     from vtc_vllm import check_version, checkpoints
 
