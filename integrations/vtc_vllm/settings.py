@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -113,7 +114,10 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
             f"{method.name} needs {odd[0]}, and in vLLM the vision tower gives the CLS row of its last layer only. "
             "What would work: divprune, todre, idpruner; or transformers with vtc.patch"
         )
-    if type(method) is not GlobalCom2 and method.counts([Layout.plain(4)]) is None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that keep=64 is more than there is
+        countable = type(method) is GlobalCom2 or method.counts([Layout.plain(4)]) is not None
+    if not countable:
         raise ValueError(
             f"how many tokens {method.name} keeps depends on what is in the image, but vLLM has to know it before the "
             "image is encoded. What would work: divprune, todre, idpruner"

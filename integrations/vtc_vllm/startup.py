@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from vtc_vllm import ARCHITECTURES, gate, metrics
+from vtc_vllm import ARCHITECTURES, gate, metrics, upstream
 from vtc_vllm.selection import settle
 from vtc_vllm.settings import places, read
 
@@ -28,6 +28,7 @@ class Pruning(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Settle the method for this model; ask for positions of our own where they are not simply counted."""
+        upstream.check()
         hf, ours = model_config.hf_config, model_config.architecture
         stock = ARCHITECTURES[ours]
         if ARCHITECTURES.get(f"VTC{_architecture(hf.model_type)}") != stock:

@@ -223,6 +223,30 @@ def test_one_line_says_what_is_pruned(served):
     assert log.count("prunes the visual tokens of tinyvlm (LlavaForConditionalGeneration): DivPrune(keep=0.25") == 1
 
 
+def test_the_engine_was_checked_before_it_served(served):
+    log = served[1].read_text()
+    assert log.count("self-check passed: 144 -> 36 visual tokens") == 1
+    assert "no self-check" not in log
+    assert log.index("self-check passed") < log.index("Application startup complete")
+
+
+def test_a_check_of_the_running_server(url):
+    run = [
+        sys.executable,
+        "-c",
+        "from vtc.cli import main; main()",
+        "serve",
+        "tinyvlm",
+        "--check",
+        "--dtype",
+        "float32",
+    ]
+    run += ["--port", url.split(":")[2].removesuffix("/v1"), "--questions", "12"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("12 of 12 answers and prompt lengths as with transformers (divprune, keep 0.25")
+
+
 def series(url):
     """At /metrics, those of ours: values by name and labels."""
     with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=60) as answer:
