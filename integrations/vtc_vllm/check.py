@@ -75,9 +75,12 @@ def compare(
         OSError: no server, or no checkpoint.
         ValueError: the server prunes otherwise, nothing, or refuses a question.
     """
+    from transformers.utils import logging
+
     import vtc_tinyvlm
     from vtc.checkpoint import Checkpoint
 
+    logging.disable_progress_bar()
     name = _get(f"{url}/v1/models", key)["data"][0]["id"]
     told = _pruning(f"{url}/metrics", name, key)
     with tempfile.TemporaryDirectory(prefix="vtc-check-") as folder:

@@ -83,7 +83,23 @@ class PruningProcessor:
         for modality, items in inputs.mm_data_items.items():
             if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
                 raise ValueError(f"{modality} embeddings cannot be pruned; send the {modality} itself")
+        self._check_placeholders(self._postprocess_prompt(inputs.prompt), inputs.mm_data_items.get_all_counts())  # type: ignore[attr-defined]
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _check_placeholders(self, prompt: list[int], counts: Mapping[str, int]) -> None:
+        """Before vLLM remembers the images: what is refused later leaves them half known to it, and the next request
+        for one of them fails.
+        """
+        ids = media_ids(self.info.get_hf_config())  # type: ignore[attr-defined]
+        for modality, token in ids.items():
+            here, given = prompt.count(token), counts.get(modality, 0)
+            if here != given:
+                raise ValueError(
+                    f"the prompt has {here} {modality} placeholders for {given} {modality}s; write one for each, and "
+                    "leave it to vLLM to repeat them"
+                )
+        if len(ids) > 1 and prompt and prompt[-1] in ids.values():
+            raise ValueError("the prompt ends inside an image; the family's chat template closes it")
 
     def _begun_once(self, prompt: Any) -> Any:
         """A chat template writes BOS, and some endpoints (/v1/responses) let the tokenizer write it again."""
@@ -133,18 +149,7 @@ class PruningProcessor:
         ]
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
-        ids = media_ids(self.info.get_hf_config())  # type: ignore[attr-defined]
-        counts = mm_items.get_all_counts()
-        for modality, token in ids.items():
-            here, given = mm_res.prompt_ids.count(token), counts.get(modality, 0)
-            if here != given:
-                raise ValueError(
-                    f"the prompt has {here} {modality} placeholders for {given} {modality}s; write one for each, and "
-                    "leave it to vLLM to repeat them"
-                )
         prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
-        if len(ids) > 1 and prompt and prompt[-1] in ids.values():
-            raise ValueError("the prompt ends inside an image; the family's chat template closes it")
         self._count(places)
         return prompt, places
 

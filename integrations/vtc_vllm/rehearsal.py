@@ -7,6 +7,7 @@ is in :mod:`vtc_vllm.watch`. No vLLM in here.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -61,7 +62,7 @@ async def rehearse(app: App, outer: Any = None) -> None:
     state = getattr(outer, "state", None)
     keys = getattr(getattr(state, "args", None), "api_key", None) or [os.environ.get("VLLM_API_KEY")]
     headers += [(b"authorization", f"Bearer {key}".encode()) for key in keys[:1] if key]
-    root = getattr(outer, "root_path", "")
+    root = getattr(outer, "root_path", None) or ""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
         "path": root + PATH, "raw_path": (root + PATH).encode(), "query_string": b"", "root_path": root,
@@ -70,19 +71,34 @@ async def rehearse(app: App, outer: Any = None) -> None:
     answers: list[Message] = []
     asked = [{"type": "http.request", "body": body, "more_body": False}]
 
+    answered = asyncio.Event()
+
     async def receive() -> Message:
-        return asked.pop() if asked else {"type": "http.disconnect"}
+        if asked:
+            return asked.pop()
+        await answered.wait()  # a client that goes before that is answered no more
+        return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         answers.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            answered.set()
 
     await app(scope, receive, send)
     status = next((message["status"] for message in answers if message["type"] == "http.response.start"), 500)
     said = b"".join(message.get("body", b"") for message in answers).decode(errors="replace")
-    if status >= 500:
+    if status >= 500 or (status == 200 and not _is_answer(said)):
         raise RuntimeError(f"the first question was answered with {status} {said}; the engine's log says why")
     if status != 200:
         logger.warning("no self-check at the start, but with the first picture: %s answered %d %s", PATH, status, said)
+
+
+def _is_answer(said: str) -> bool:
+    """Whether a model wrote it: what vLLM has cancelled, it answers with 200, and null."""
+    try:
+        return bool(json.loads(said)["choices"])
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def question() -> dict[str, Any]:

@@ -28,6 +28,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
         "BaseMultiModalProcessor._get_mm_hashes(inputs)",
         "BaseMultiModalProcessor._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)",
         "BaseMultiModalProcessor._maybe_apply_prompt_updates(mm_items, mm_res)",
+        "BaseMultiModalProcessor._postprocess_prompt(prompt)",
         "PlaceholderFeaturesInfo.tokens",
     ),
     "vllm.multimodal.processing.inputs": (

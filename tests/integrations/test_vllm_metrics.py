@@ -110,7 +110,7 @@ else:
 
 def test_processes_that_share_everything(tmp_path):
     """As vLLM has it with several API servers: prometheus_client merges, and we write no files."""
-    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), metrics.FOLDER: str(tmp_path)}
     for who in ("server", "server", "engine"):
         subprocess.run([sys.executable, "-c", SHARED, who], env=environment, check=True)
         time.sleep(0.01)

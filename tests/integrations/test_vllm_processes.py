@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -141,6 +142,23 @@ def data_url(image):
     return data_url(buffer.getvalue())
 
 
+def test_a_check_of_the_running_server(url):
+    run = [
+        sys.executable,
+        "-c",
+        "from vtc.cli import main; main()",
+        "serve",
+        "tinyvlm",
+        "--check",
+        "--dtype",
+        "float32",
+    ]
+    run += ["--port", url.split(":")[2].removesuffix("/v1"), "--questions", "12"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("12 of 12 answers and prompt lengths as with transformers (divprune, keep 0.25")
+
+
 def test_a_server_with_good_and_bad_requests(url, scenes):
     """200 at a time, every other one bad: a bad keep, a broken picture, a placeholder too many, too long."""
     import openai
@@ -178,6 +196,10 @@ def test_a_server_with_good_and_bad_requests(url, scenes):
     answers = [processor.decode(ids, skip_special_tokens=True).strip() for ids, _ in theirs]
     assert [text for text, _ in found[0::2]] == answers
     assert max(tokens for _, tokens in found[0::2]) < 90  # of 144 visual tokens, 72
+    # an image whose prompt was refused is asked about again; not that of a prompt too long, which vLLM refuses later
+    for i in (1, 3, 7, 17):
+        asked = {"model": "tinyvlm", "max_tokens": 3, "messages": message(scenes[i].prompt[8:], scenes[i].image)}
+        assert post(url, "/v1/chat/completions", asked)[0] == 200
 
 
 def post(url, path, body):
@@ -228,23 +250,6 @@ def test_the_engine_was_checked_before_it_served(served):
     assert log.count("self-check passed: 144 -> 36 visual tokens") == 1
     assert "no self-check" not in log
     assert log.index("self-check passed") < log.index("Application startup complete")
-
-
-def test_a_check_of_the_running_server(url):
-    run = [
-        sys.executable,
-        "-c",
-        "from vtc.cli import main; main()",
-        "serve",
-        "tinyvlm",
-        "--check",
-        "--dtype",
-        "float32",
-    ]
-    run += ["--port", url.split(":")[2].removesuffix("/v1"), "--questions", "12"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("12 of 12 answers and prompt lengths as with transformers (divprune, keep 0.25")
 
 
 def series(url):
@@ -313,5 +318,9 @@ def test_the_example_client(url, scenes, tmp_path):
     done = subprocess.run([*run, *files, "what color is the circle ?"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "[2 images, " in done.stderr
+    whole = subprocess.run([*run, *files, "--keep", "1.0", "what ?"], capture_output=True, text=True, timeout=120)
+    few = subprocess.run([*run, *files, "--keep", "8", "what ?"], capture_output=True, text=True, timeout=120)
+    lengths = [int(re.search(r"(\d+) tokens in the prompt", run.stderr)[1]) for run in (whole, few)]
+    assert lengths[0] - lengths[1] == 2 * (144 - 8)
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert vtc_tinyvlm.is_correct(done.stdout, scenes[0].answer)

@@ -15,8 +15,8 @@ from vtc_vllm.rehearsal import PATH, SIZE, Rehearsal
 class Server:
     """Starts, answers, ends; `vllm` is what vLLM's application looks like from outside."""
 
-    def __init__(self, status=200, keys=None, root=""):
-        self.status, self.heard = status, []
+    def __init__(self, status=200, keys=None, root=None, said=b'{"choices": [{}]}'):
+        self.status, self.said, self.heard = status, said, []
         state = types.SimpleNamespace(args=types.SimpleNamespace(api_key=keys))
         self.vllm = types.SimpleNamespace(state=state, root_path=root)
 
@@ -27,11 +27,16 @@ class Server:
             return
         message = await receive()
         self.heard.append((scope, json.loads(message["body"])))
-        assert (await receive())["type"] == "http.disconnect"
+        listening = asyncio.ensure_future(receive())
+        await asyncio.sleep(0.01)
+        assert not listening.done(), "the client has gone, and vLLM cancels what it asked for"
         if self.status is None:
+            listening.cancel()
             raise OSError("broken")
         await send({"type": "http.response.start", "status": self.status, "headers": []})
-        await send({"type": "http.response.body", "body": b"because", "more_body": False})
+        await send({"type": "http.response.body", "body": self.said[:2], "more_body": True})
+        await send({"type": "http.response.body", "body": self.said[2:], "more_body": False})
+        assert (await listening)["type"] == "http.disconnect"
 
 
 def start(server):
@@ -60,15 +65,23 @@ def test_a_server_starts_behind_one_question(caplog, monkeypatch):
     assert not caplog.text
 
 
-@pytest.mark.parametrize(("status", "said"), [(500, "500 because"), (503, "503 because"), (None, "broken")])
-def test_a_server_whose_engine_fails_does_not_start(status, said):
-    answer = start(Server(status))
+@pytest.mark.parametrize("body", [b"because", b"null", b"{}", b"[]", b'{"choices": []}'])
+@pytest.mark.parametrize("status", [500, 503, 200])
+def test_a_server_whose_engine_fails_does_not_start(status, body):
+    """What vLLM has cancelled, it answers with 200 and null."""
+    answer = start(Server(status, said=body))
     assert answer["type"] == "lifespan.startup.failed"
-    assert said in answer["message"]
+    assert f"{status} {body.decode()}" in answer["message"]
+
+
+def test_a_server_that_breaks_does_not_start():
+    answer = start(Server(None))
+    assert answer["type"] == "lifespan.startup.failed"
+    assert "broken" in answer["message"]
 
 
 def test_a_server_that_takes_no_such_question_starts_and_says_so(caplog):
-    assert start(Server(400))["type"] == "lifespan.startup.complete"
+    assert start(Server(400, said=b"because"))["type"] == "lifespan.startup.complete"
     assert "no self-check at the start" in caplog.text
     assert "400 because" in caplog.text
 
@@ -85,14 +98,11 @@ def test_it_knows_the_key(monkeypatch, keys, environment):
 
 
 def test_requests_pass():
-    server, sent = Server(), []
+    heard = []
 
-    async def receive():
-        return {"type": "http.disconnect"} if sent else sent.append(1) or {"type": "http.request", "body": b"{}"}
+    async def server(*given):
+        heard.append(given)
 
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(Rehearsal(server)({"type": "http", "path": "/health"}, receive, send))
-    assert [message["type"] for message in sent[1:]] == ["http.response.start", "http.response.body"]
-    assert len(server.heard) == 1
+    given = ({"type": "http", "path": "/health"}, "receive", "send")
+    asyncio.run(Rehearsal(server)(*given))
+    assert heard == [given]
