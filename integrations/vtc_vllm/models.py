@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtc.signals import TowerSignal
 from vtc_vllm import positions
+from vtc_vllm.metrics import Meter
 from vtc_vllm.processing import (
     FIELD,
     LlavaNextProcessor,
@@ -45,6 +47,7 @@ from vtc_vllm.processing import (
 from vtc_vllm.selection import Selector
 from vtc_vllm.settings import read
 from vtc_vllm.signals import ClsRow
+from vtc_vllm.watch import Place, Watch, unpruned
 
 SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw")
 """What tells an image's layout, among the encoder's arguments."""
@@ -66,6 +69,8 @@ class PrunedModel:
         self.vtc = Selector(self.config, read(self.config.vtc))
         self._keeps_positions = self.vtc.config.positions == "original"
         self._media = list(media_ids(self.config).values())
+        self._watch = Watch(self.rows)
+        self._meter = Meter(vllm_config.model_config.served_model_name, vllm_config.parallel_config.data_parallel_rank)
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """Encode, choose, leave the rest out; put offsets behind what stays."""
@@ -74,8 +79,11 @@ class PrunedModel:
         embeddings = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         modality = next(m for m, field in asked.items() if field is not None)  # a call has items of one modality
         seen = [e[:, : self.width(e)] for e in embeddings]
+        group, begun = get_tp_group(), self._meter.begin(embeddings[0].device)
         index = self.vtc.select(modality, seen, keeps_of(asked[modality]), sizes, self.heard())
-        if (group := get_tp_group()).world_size > 1:  # every rank has computed it; that they agree is not left to luck
+        if group.is_first_rank:
+            self._meter.end(begun, sum(len(own) < len(e) for own, e in zip(index, seen, strict=True)))
+        if group.world_size > 1:  # every rank has computed it; that they agree is not left to luck
             index = [group.broadcast(own.contiguous(), 0) for own in index]
         short = [e[own] for e, own in zip(embeddings, index, strict=True)]
         if not self._keeps_positions:
@@ -108,9 +116,31 @@ class PrunedModel:
         """How many positions each image takes; here its length before pruning."""
         return [int(f.data[FIELD.format(f.modality)].data[2]) for f in features]
 
+    def wholes(self, features: Sequence[Any]) -> list[int]:
+        """How many tokens each image has before pruning."""
+        return self.extents(features)
+
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Text where it stood in the whole prompt; image tokens are marked, until their offsets are known."""
+        if not self._watch.done:
+            self._begin_to_watch(input_tokens, mm_features)
         return positions.provisional(len(input_tokens), self.spans(mm_features), self.rows)
+
+    def _begin_to_watch(self, ids: list[int], features: Sequence[Any]) -> None:
+        images = sorted((f for f in features if f.modality == "image"), key=lambda f: f.mm_position.offset)
+        if len(images) < len(features):  # where a video's time goes on, vLLM itself differs from the original
+            images = []
+        wholes = self.wholes(images)
+        places = [Place(f.mm_position.offset, f.mm_position.length, n) for f, n in zip(images, wholes, strict=True)]
+        whole, starts = unpruned(ids, places)
+        expected, delta = torch.arange(len(whole))[None], 0
+        if self.rows > 1:
+            given = [
+                dataclasses.replace(f, mm_position=dataclasses.replace(f.mm_position, offset=start, length=n))
+                for f, start, n in zip(images, starts, wholes, strict=True)
+            ]
+            expected, delta = super().get_mrope_input_positions(whole, given)  # type: ignore[misc]
+        self._watch.prompt(ids, places, expected, len(whole) + delta)
 
     def recompute_mrope_positions(
         self,
@@ -128,6 +158,8 @@ class PrunedModel:
         offsets = torch.cat([own for _, own in both])
         media = torch.isin(ids, torch.tensor(self._media, device=place))
         now, delta = positions.filled(mrope_positions, media, offsets.to(place), num_computed_tokens, self.rows)
+        if not self._watch.done:
+            self._watch.chunk(input_ids, now, delta, len(offsets), num_computed_tokens)
         return [embeddings for embeddings, _ in both], now, delta
 
     def forward(
@@ -138,7 +170,17 @@ class PrunedModel:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As before; a language model without M-RoPE gets the one row of positions that it knows."""
+        """As before; a language model without M-RoPE gets the one row of positions that it knows.
+
+        Raises:
+            RuntimeError: this vLLM brings no positions of ours, see :mod:`vtc_vllm.watch`.
+        """
+        if self._keeps_positions and not self._watch.done:
+            if positions.ndim == 1:
+                raise RuntimeError(
+                    "vLLM counts positions by itself, and original ones cannot be kept; see vtc's README"
+                )
+            self._watch.forward(positions)
         if self.rows == 1 and positions.ndim == 2:
             positions = positions[0]
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
@@ -193,6 +235,10 @@ class _Grids(PrunedModel):
             sides = torch.meshgrid(time, torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
             found.append(torch.stack(sides, dim=-1).reshape(-1, 3))
         return found
+
+    def wholes(self, features: Sequence[Any]) -> list[int]:
+        merge = self.config.vision_config.spatial_merge_size
+        return [int(f.data["image_grid_thw"].data.prod()) // merge**2 for f in features]
 
     def extents(self, features: Sequence[Any]) -> list[int]:
         return [max(int((t - 1) * step) + 1, h, w) for _, t, h, w, step in self.iter_mm_grid_thw(features)]

@@ -18,12 +18,25 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 
 from vtc.budget import Keep
+from vtc_vllm import metrics
 from vtc_vllm.selection import Selector
 from vtc_vllm.settings import REQUEST_KEEP, identity, read, refuse_unknown, with_keep
 
 FIELD = "vtc_{}"
 """By modality, the name of what goes to the model beside each image: float64 [3], its keep, whether that counts tokens,
 and :meth:`PruningProcessor.length`."""
+
+
+class Cut(list[int]):
+    """The placeholders of kept tokens.
+
+    Attributes:
+        whole: how many there are of all tokens. vLLM's caches keep this object, so it is known of cached images too.
+    """
+
+    def __init__(self, tokens: list[int], kept: int) -> None:
+        super().__init__(tokens[:kept])
+        self.whole = len(tokens)
 
 
 class PruningProcessor:
@@ -52,6 +65,11 @@ class PruningProcessor:
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
         return dataclasses.replace(inputs, hf_processor_mm_kwargs={REQUEST_KEEP: 1.0})
 
+    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """These, prepared."""
+        with metrics.rehearsing():
+            return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
+
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """All that can be wrong with a request is found here, in the frontend: an encoder that raises stops the engine.
 
@@ -65,7 +83,23 @@ class PruningProcessor:
         for modality, items in inputs.mm_data_items.items():
             if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
                 raise ValueError(f"{modality} embeddings cannot be pruned; send the {modality} itself")
+        self._check_placeholders(self._postprocess_prompt(inputs.prompt), inputs.mm_data_items.get_all_counts())  # type: ignore[attr-defined]
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _check_placeholders(self, prompt: list[int], counts: Mapping[str, int]) -> None:
+        """Before vLLM remembers the images: what is refused later leaves them half known to it, and the next request
+        for one of them fails.
+        """
+        ids = media_ids(self.info.get_hf_config())  # type: ignore[attr-defined]
+        for modality, token in ids.items():
+            here, given = prompt.count(token), counts.get(modality, 0)
+            if here != given:
+                raise ValueError(
+                    f"the prompt has {here} {modality} placeholders for {given} {modality}s; write one for each, and "
+                    "leave it to vLLM to repeat them"
+                )
+        if len(ids) > 1 and prompt and prompt[-1] in ids.values():
+            raise ValueError("the prompt ends inside an image; the family's chat template closes it")
 
     def _begun_once(self, prompt: Any) -> Any:
         """A chat template writes BOS, and some endpoints (/v1/responses) let the tokenizer write it again."""
@@ -102,10 +136,10 @@ class PruningProcessor:
         others, keep = _others(hf_processor_mm_kwargs), self._method(hf_processor_mm_kwargs).keep
         updates = super()._get_prompt_updates(mm_items, others, out_mm_kwargs)  # type: ignore[misc]
 
-        def shortened(index: int, modality: str, whole: Any) -> list[int]:
+        def shortened(index: int, modality: str, whole: Any) -> Cut:
             tokens = whole(index)
             arguments = self.arguments(modality, index, mm_items, out_mm_kwargs)
-            return tokens[: self.selector.kept(modality, len(tokens), arguments, keep)]
+            return Cut(tokens, self.selector.kept(modality, len(tokens), arguments, keep))
 
         return [
             dataclasses.replace(
@@ -115,19 +149,15 @@ class PruningProcessor:
         ]
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
-        ids = media_ids(self.info.get_hf_config())  # type: ignore[attr-defined]
-        counts = mm_items.get_all_counts()
-        for modality, token in ids.items():
-            here, given = mm_res.prompt_ids.count(token), counts.get(modality, 0)
-            if here != given:
-                raise ValueError(
-                    f"the prompt has {here} {modality} placeholders for {given} {modality}s; write one for each, and "
-                    "leave it to vLLM to repeat them"
-                )
         prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
-        if len(ids) > 1 and prompt and prompt[-1] in ids.values():
-            raise ValueError("the prompt ends inside an image; the family's chat template closes it")
+        self._count(places)
         return prompt, places
+
+    def _count(self, places: Mapping[str, Any]) -> None:
+        name = self.info.ctx.model_config.served_model_name  # type: ignore[attr-defined]
+        for modality, items in places.items():
+            for item in items:
+                metrics.prepared(name, modality, item.tokens.whole, len(item.tokens))
 
     def _method(self, kwargs: Mapping[str, Any]) -> Any:
         keep: Keep | None = kwargs.get(REQUEST_KEEP)

@@ -10,15 +10,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from vtc.values import shortened
-from vtc_vllm.settings import REQUEST_KEEP, places, request_keep
+from vtc_vllm.settings import ARGUMENTS, KNOWN, REQUEST_KEEP, places, request_keep
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-ARGUMENTS = "mm_processor_kwargs"
-KNOWN = f"{ARGUMENTS}.{REQUEST_KEEP}"
-"""The one place where a field of ours is read."""
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _DEAF = ("/v1/messages", "/cohere/")
 """Endpoints of vLLM that take images, and drop ``mm_processor_kwargs`` without a word."""
@@ -36,7 +33,7 @@ class Fields:
     holds it too, and parsed only where a name of ours may be in it. What is no JSON passes in its pieces.
     """
 
-    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -26,8 +27,9 @@ from vtc.values import shortened, shown
 
 SERVED = (Cls(), ClsLogits())
 """What can be had of a vision tower here, see :mod:`vtc_vllm.signals`."""
-REQUEST_KEEP = "vtc_keep"
-"""Name of the per-request keep among ``mm_processor_kwargs``."""
+ARGUMENTS, REQUEST_KEEP = "mm_processor_kwargs", "vtc_keep"
+KNOWN = f"{ARGUMENTS}.{REQUEST_KEEP}"
+"""The one field of ours that a request may have: its keep."""
 
 
 def places(value: Any) -> Iterator[str]:
@@ -118,7 +120,10 @@ def settled(adapter: Adapter, parts: Parts, config: CompressionConfig) -> Compre
             f"{method.name} needs {odd[0]}, and in vLLM the vision tower gives the CLS row of its last layer only. "
             "What would work: divprune, todre, idpruner; or transformers with vtc.patch"
         )
-    if type(method) is not GlobalCom2 and method.counts([Layout.plain(4)]) is None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that keep=64 is more than there is
+        countable = type(method) is GlobalCom2 or method.counts([Layout.plain(4)]) is not None
+    if not countable:
         raise ValueError(
             f"how many tokens {method.name} keeps depends on what is in the image, but vLLM has to know it before the "
             "image is encoded. What would work: divprune, todre, idpruner"

@@ -5,12 +5,14 @@ vLLM asks a table for such things, by architecture; ours are added to it.
 
 from __future__ import annotations
 
+import json
 import logging
+from importlib.metadata import version
 from typing import Any
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from vtc_vllm import ARCHITECTURES
+from vtc_vllm import ARCHITECTURES, gate, metrics, upstream
 from vtc_vllm.selection import settle
 from vtc_vllm.settings import places, read
 
@@ -26,6 +28,7 @@ class Pruning(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Settle the method for this model; ask for positions of our own where they are not simply counted."""
+        upstream.check()
         hf, ours = model_config.hf_config, model_config.architecture
         stock = ARCHITECTURES[ours]
         if ARCHITECTURES.get(f"VTC{_architecture(hf.model_type)}") != stock:
@@ -48,7 +51,13 @@ class Pruning(VerifyAndUpdateConfig):
             multimodal.video_pruning_rate = _NEXT_TO_NOTHING
             if not model_config.uses_mrope:
                 hf.mrope_section = [1]  # on the top config: its language model rotates as before, see models.py
-        logger.info("pruning visual tokens: %s, positions %s", config.build(), config.positions)
+        name = model_config.served_model_name
+        metrics.announce(name, config, json.dumps(hf.vtc, sort_keys=True))
+        gate.admit()
+        logger.info(
+            "vtc %s prunes the visual tokens of %s (%s): %s, positions %s; a request may ask for another keep",
+            version("visual-token-compression"), name, stock, config.build(), config.positions,
+        )  # fmt: skip
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -35,7 +35,7 @@ from vllm.model_executor.models import registry
 
 import vtc_vllm
 from vtc.methods.globalcom2 import GlobalCom2
-from vtc_vllm import checkpoints
+from vtc_vllm import checkpoints, positions
 from vtc_vllm.globalcom2 import FixedGlobalCom2
 from vtc_vllm.selection import Selector
 
@@ -147,6 +147,17 @@ def test_answers_and_keep_sets_on_scenes(llava, scenes, keep):
 
 def text(llm, ids):
     return llm.get_tokenizer().decode(ids, skip_special_tokens=True)
+
+
+def model_of(llm):
+    """The engine's, which is in this process."""
+    return llm.apply_model(lambda model: model)[0]
+
+
+def test_the_first_prompts_were_watched(llava, scenes):
+    """And found right."""
+    ask(llava, [prompt(scenes[0].prompt, scenes[0].image)])
+    assert model_of(llava)._watch.done
 
 
 def test_positions_are_the_original_ones(llava, scenes):
@@ -267,6 +278,23 @@ def test_other_methods_and_positions(folder, scenes, entry):
     theirs, kept = reference(vtc_tinyvlm, scenes[:68], method, entry.get("positions", "original"))
     agree(ours, theirs)
     assert chosen == kept
+
+
+def test_wrong_positions_end_the_engine(folder, scenes, monkeypatch):
+    """With the first picture, before an answer."""
+    filled = positions.filled
+
+    def shifted(*given):
+        now, delta = filled(*given)
+        return now + 1, delta
+
+    monkeypatch.setattr(positions, "filled", shifted)
+    entry = {"method": "divprune"}
+    with (
+        engine(folder / "tinyvlm", "VTCLlavaForConditionalGeneration", entry) as llm,
+        pytest.raises(RuntimeError, match="self-check of vtc found text at"),
+    ):
+        ask(llm, [prompt(scenes[0].prompt, scenes[0].image)])
 
 
 # ----------------------------------------------------------------------------------------------------------- LLaVA-NeXT
@@ -426,6 +454,7 @@ def test_qwen(tmp_path, family, method, chunk):
                 kept += [index.tolist() for sample in handle.last_keep for index in sample]
             agree(ours, theirs)
             assert same_sets(chosen, kept)
+        assert model_of(llm)._watch.done
         with pytest.raises(ValueError, match="ends inside an image"):
             llm.generate([prompt("w1 <|vision_start|> <|image_pad|>", [wide])], sampling, use_tqdm=False)
         if family.startswith("qwen3"):

