@@ -16,6 +16,8 @@ from .batches import CELLS, IGNORE, NAMED, Batch, Source
 from .questions import TYPES
 from .vocabulary import VOCABULARY
 
+SHARES = torch.tensor([2.0 if name in ("field", "color") else 1.0 for name in TYPES])
+"""What a type of question counts for, however often it is asked and long its answers are. Two are learnt last."""
 NOTHING = 0.1
 """Weight of patches under which nothing stands that has a name: most of them, and learnt at once."""
 
@@ -59,7 +61,7 @@ def loss(
     barred = bar_row(batch.hidden, batch.last, batch.questions.shape[-1], dtype)
     image_states: list[Tensor] = []
     logits, labelled, states = answer_logits(model, params, batch, barred, image_states)
-    answer = F.cross_entropy(logits, batch.labels[labelled])
+    answer = by_type(F.cross_entropy(logits, batch.labels[labelled], reduction="none"), batch, labelled)
     half = len(states) // 2 - 1  # naming patches after a third of the layers was learnt later, not sooner: README.md
     words = torch.stack([at(states[half], batch.named[..., i]) for i in range(NAMED)], 2)
     known = batch.place[..., 0] != IGNORE
@@ -74,6 +76,14 @@ def loss(
     report = {"answer_loss": answer.item(), "place": close.float().mean().item()}
     report["patch"] = (seen.argmax(-1) == batch.patches.flatten())[something].float().mean().item()
     return answer + place_weight * place + patch_weight * patch, report
+
+
+def by_type(losses: Tensor, batch: Batch, labelled: Tensor) -> Tensor:
+    """Mean of the losses [rows] at labels within each type of question, and of these by :data:`SHARES`."""
+    kind = batch.kind[..., None].expand_as(labelled)[labelled]
+    number = torch.zeros(len(TYPES)).scatter_add(0, kind, torch.ones_like(losses))
+    weight = (SHARES / number.clamp(min=1))[kind]
+    return (losses * weight).sum() / SHARES[number > 0].sum()
 
 
 @torch.no_grad()

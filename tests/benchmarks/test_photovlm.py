@@ -449,6 +449,18 @@ def test_a_batch_says_what_its_questions_say() -> None:
     assert first != second
 
 
+def test_every_type_of_question_counts_for_its_share() -> None:
+    """However often it is asked, and however many tokens its answers have."""
+    batch = source().batch(0, 12)
+    labelled = batch.labels != batches.IGNORE
+    kind = batch.kind[..., None].expand_as(labelled)[labelled]
+    one = torch.rand(len(questions.TYPES), generator=torch.Generator().manual_seed(0))
+    there = sorted(set(kind.tolist()))
+    assert len(set(kind.bincount()[there].tolist())) > 3
+    expected = sum(losses.SHARES[i] * one[i] for i in there) / losses.SHARES[there].sum()
+    torch.testing.assert_close(losses.by_type(one[kind], batch, labelled), expected)
+
+
 def test_resumed_training_equals_uninterrupted() -> None:
     first, given = trainer(), source()
     first.step(given.batch(0, 2))
