@@ -18,6 +18,7 @@ import pytest
 import vtc_tinyvlm
 from vtc.children import ENDING, Relay
 from vtc_lmms_eval import runs
+from vtc_vllm import upstream
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 60
@@ -27,7 +28,7 @@ SERVER = """\
 import json, os, signal, sys, time
 from pathlib import Path
 
-folder = sys.argv[sys.argv.index("--model") + 1]
+folder = sys.argv[sys.argv.index("serve") + 1]
 log = Path(os.environ["LOG"])
 
 
@@ -52,12 +53,40 @@ time.sleep(60)
 """
 
 
+def write_insides(root):
+    """Sources in which all stands that vtc looks up before it starts vLLM, and nothing happens."""
+    for module, needs in upstream.NEEDS.items():
+        text, classes = [], {}
+        for need in needs:
+            name, _, parameters = need.partition("(")
+            names = [each.strip() for each in parameters.rstrip(")").split(",") if each.strip()]
+            if name.startswith("calls "):
+                arguments = ", ".join(f"{each}=0" for each in names)
+                text.append(f"def calling(ours): ours.{name.removeprefix('calls ')}({arguments})")
+                continue
+            owner, _, last = name.rpartition(".")
+            inside = classes.setdefault(owner, []) if owner else text
+            inside.append(f"def {last}({', '.join(names)}): ..." if "(" in need else f"{last}: int = 0")
+        for owner, inside in classes.items():
+            text += [f"class {owner}:", *(f"    {line}" for line in inside)]
+        path = root.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(text))
+
+
+def test_the_insides_that_are_played_are_all_that_is_looked_for(tmp_path):
+    write_insides(tmp_path)
+    upstream.missing.cache_clear()
+    assert upstream.missing(tmp_path) == ()
+
+
 @pytest.fixture
 def stage(tmp_path):
     """A folder with a package `vllm`, one for temporary files, a log, and the environment that leads there."""
-    package = tmp_path / "path" / "vllm" / "entrypoints" / "openai"
+    package = tmp_path / "path" / "vllm" / "entrypoints" / "cli"
     package.mkdir(parents=True)
-    (package / "api_server.py").write_text(SERVER)
+    (package / "main.py").write_text(SERVER)
+    write_insides(tmp_path / "path" / "vllm")
     for each in (package, package.parent, package.parents[1]):
         (each / "__init__.py").touch()
     about = tmp_path / "path" / "vllm-0.32.0.dist-info"

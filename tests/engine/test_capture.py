@@ -38,8 +38,8 @@ def recorded(
     """What runs the settled method, and what the entry stage gets in a real prefill of a ragged batch."""
     seen: list[tuple[Any, Call, list[Located], Tensor, Tensor]] = []
 
-    def spy(chooser: Any, running: Call, embeds: Tensor) -> Any:
-        decision = plan(chooser, running, embeds)
+    def spy(chooser: Any, running: Call, embeds: Tensor, judge: Any) -> Any:
+        decision = plan(chooser, running, embeds, judge)
         assert decision is not None
         seen.append((chooser, copy.copy(running), decision.images, decision.flat, embeds))
         return decision

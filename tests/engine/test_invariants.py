@@ -805,10 +805,10 @@ def installs_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vtc that installs, and only then looks whether it can."""
     check = patching.bind
 
-    def late(adapter: Any, parts: Any, method: vtc.Method, positions: str, calibration: Any = None) -> vtc.Method:
+    def late(adapter: Any, parts: Any, method: vtc.Method, positions: str, *rest: Any) -> vtc.Method:
         config = vtc.CompressionConfig.of(method, positions)
         patching.install(vtc.Patch(parts.root, config, EntryStage(adapter, parts, method, positions)))
-        return check(adapter, parts, method, positions, calibration)
+        return check(adapter, parts, method, positions, *rest)
 
     monkeypatch.setattr(patching, "bind", late)
 

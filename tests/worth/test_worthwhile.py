@@ -32,6 +32,7 @@ from vtc.engine.locate import Located
 from vtc.engine.verdict import Verdict
 from vtc.methods.stages import Step, steps_of
 from vtc.models import resolve
+from vtc.profiling.exam import Answers
 from vtc.profiling.measure import profile
 from vtc.profiling.tune import tune
 from vtc.tokens import Layout
@@ -333,7 +334,7 @@ def test_tuning_asks_what_pruning_loses(on: Set, monkeypatch: pytest.MonkeyPatch
     class Exam:
         def take(self, config: Any = None, tick: Any = None) -> Any:
             seen.append(config)
-            return [1.0] * 2000, 36.0
+            return Answers([1.0] * 2000, [], 36.0)
 
         def headline(self, scores: Any) -> Any:
             return scores

@@ -92,7 +92,7 @@ class Worth:
             max(n - gone for n, gone in zip(lengths, by_row(images, _less(visual, left), len(lengths)), strict=True))
             for left in present
         ]
-        saves = self._prefill([columns] * len(pruned), len(lengths)) - self._prefill(pruned, len(lengths))
+        saves = self._seconds([columns] * len(pruned), len(lengths)) - self._seconds(pruned, len(lengths))
         costs = self.selection.seconds(len(images), max(visual)) + self._shortening(images, pruned, columns, lengths)
         return Verdict(sum(visual), max(0.0, saves), costs)
 
@@ -107,7 +107,7 @@ class Worth:
             now = step.most(layouts, entered.setdefault(id(step.method), now), now) or now
         return layers + [now] * (len(self.decoder.layers) - len(layers))
 
-    def _prefill(self, tokens: Sequence[int], batch: int) -> float:
+    def _seconds(self, tokens: Sequence[int], batch: int) -> float:
         cost = self.decoder.prefill(tokens, batch)
         return self.pace.seconds(cost.flops, cost.bytes, LAYER_OPERATIONS * len(tokens))
 
