@@ -43,7 +43,10 @@ from vtc.profiling.provenance import provenance
 from vtc_tinyvlm import TYPES, Question
 from vtc_tinyvlm.evaluate import SCORES, percent, score, type_rows, write_csv
 
-HEADLINE = "mean_without_count"
+LEFT_OUT = ("count",)
+"""Types of questions that are in no mean, where a package does not say otherwise."""
+MEAN = "mean_without_"
+HEADLINE = MEAN + "count"
 
 MODELS = {
     "tinyvlm": "vtc_tinyvlm",
@@ -67,11 +70,13 @@ class Cell:
     scores: dict[str, list[float]]
 
 
-def rows_of(cell: Cell, questions: list[Question], types: Sequence[str] = TYPES) -> list[dict[str, Any]]:
+def rows_of(
+    cell: Cell, questions: list[Question], types: Sequence[str] = TYPES, apart: Sequence[str] = LEFT_OUT
+) -> list[dict[str, Any]]:
     """The headline row and one row per question type."""
     rows = type_rows(cell.scores, questions, types)
-    parts = [r for r in rows if r["type"] != "count"]
-    head: dict[str, Any] = {"type": HEADLINE, "questions": sum(r["questions"] for r in parts)}
+    parts = [r for r in rows if r["type"] not in apart]
+    head: dict[str, Any] = {"type": MEAN + "_".join(apart), "questions": sum(r["questions"] for r in parts)}
     for name in SCORES:
         mean = sum(r[name] for r in parts) / len(parts)
         error = math.sqrt(sum(r[name] * (1 - r[name]) / r["questions"] for r in parts)) / len(parts)
@@ -100,38 +105,41 @@ def finished(rows: list[dict[str, Any]], questions: int) -> set[tuple[str, Keep,
     """Method, keep and positions of the cells that were asked so many questions."""
     asked: dict[tuple[str, Keep, str], int] = {}
     for row in rows:
-        if row["type"] != HEADLINE:
+        if not row["type"].startswith(MEAN):
             cell = row["method"], parse_keep(row["keep"]), row["positions"]
             asked[cell] = asked.get(cell, 0) + int(row["questions"])
     return {cell for cell, number in asked.items() if number == questions}
 
 
-def markdown(rows: list[dict[str, Any]], command: str, types: Sequence[str] = TYPES) -> str:
+def markdown(
+    rows: list[dict[str, Any]], command: str, types: Sequence[str] = TYPES, apart: Sequence[str] = LEFT_OUT
+) -> str:
     """The accuracy table: answer-word accuracy per type, headline and exact-match headline."""
     first = rows[0]
     per_type = next(r["questions"] for r in rows if r["type"] == types[0])
-    order = [t for t in types if t != "count"]
+    order = [*(t for t in types if t not in apart), *apart]
+    without = " and ".join(f"`{name}`" for name in apart)
     lines = [
         f"# Accuracy under compression, {first['model']}",
         "",
         f"Made by `{command}`, on {first['device']}; the CSV beside this names date, commit and versions of every row. "
         f"{per_type} {first['split']} questions per type, the same in every row. "
-        "Per cent of questions whose answer word is right, with 95 % intervals; `mean` leaves `count` out; "
+        f"Per cent of questions whose answer word is right, with 95 % intervals; `mean` leaves {without} out; "
         "`exact` is that mean when the model must also stop after the answer; `tokens` are the visual tokens in the "
         "last layer, `per layer` their average over layers.",
         "",
-        "| method | keep | positions | tokens | per layer | mean | exact | " + " | ".join(order) + " | count |",
-        "| --- " * (8 + len(order)) + "|",
+        "| method | keep | positions | tokens | per layer | mean | exact | " + " | ".join(order) + " |",
+        "| --- " * (7 + len(order)) + "|",
     ]
     cells: dict[tuple[str, Keep, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["method"], parse_keep(row["keep"]), row["positions"]), {})[row["type"]] = row
     ordered = sorted(cells.items(), key=lambda cell: (cell[0][2] != ORIGINAL, -cell[0][1]))
     for (method, keep, positions), by_type in ordered:
-        head = by_type[HEADLINE]
+        head = by_type[MEAN + "_".join(apart)]
         seeds = f" ({head['seeds']} seeds)" if int(head["seeds"]) > 1 else ""
         shown = [percent(head, "answer"), percent(head, "exact")]
-        shown += [percent(by_type[t], "answer") for t in [*order, "count"]]
+        shown += [percent(by_type[t], "answer") for t in order]
         tokens = f"{head['kept_tokens']} | {head['tokens_per_layer']}"
         lines.append(f"| {method}{seeds} | {keep} | {positions} | {tokens} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
@@ -184,6 +192,7 @@ def main(
     command = "python benchmarks/accuracy.py" + ("" if model == "tinyvlm" else f" --model {model}")
     command += f" --methods {methods} --keep {keep} --positions {positions}" if methods else ""
     asked, limit = package.split_questions(questions, split), getattr(package, "MAX_NEW_TOKENS", 3)
+    kinds = package.TYPES, getattr(package, "LEFT_OUT", LEFT_OUT)
     rows = read_rows(out) if resume else []
     sheet = AnswerSheet(answers, asked) if answers else None
     have = finished(rows, len(asked))
@@ -213,11 +222,11 @@ def main(
                 totals[key] = [total + value / runs for total, value in zip(totals[key], values, strict=True)]
             bar.update()
         cell = Cell(name, share, kind, kept, layer_average, runs, (time.time() - began) / runs, totals)
-        rows += [{"model": model, "split": split} | row | source for row in rows_of(cell, asked, package.TYPES)]
+        rows += [{"model": model, "split": split} | row | source for row in rows_of(cell, asked, *kinds)]
         write_csv(rows, out)  # after every cell: an interrupted run leaves what it has
-        out.with_suffix(".md").write_text(markdown(rows, command, package.TYPES))
+        out.with_suffix(".md").write_text(markdown(rows, command, *kinds))
     bar.close()
-    typer.echo(markdown(rows, command, package.TYPES))
+    typer.echo(markdown(rows, command, *kinds))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 Reads the answers that `benchmarks/accuracy.py --answers` wrote, and runs nothing. Of each method and keep: accuracy,
 the difference to DivPrune's and to random's with the same keep and positions (same questions; 95 % intervals for paired
-proportions), loyalty, and accuracy on hard questions (:mod:`vtc.profiling.beside` says what these are). `count` is left
-out throughout; of `random` each number is the mean of its seeds, with the interval of one run.
+proportions), loyalty, and accuracy on hard questions (:mod:`vtc.profiling.beside` says what these are). What is in no
+mean of that model, such as `count`, is left out; of `random` each number is the mean of its seeds, with the interval of
+one run.
 """
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,6 +21,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is no installed package
 
+from benchmarks.accuracy import LEFT_OUT, MODELS
 from benchmarks.answering import ORIGINAL, UNPRUNED, AnswerSheet, read_answers
 from vtc.commands.shared import parse_keep
 from vtc.profiling.beside import accuracy, beside_downsampled, beside_unpruned
@@ -34,12 +37,12 @@ OTHERS = ("divprune", "random")
 SPREAD = ("", "_low", "_high")
 
 
-def read(path: Path) -> tuple[Exam, dict[tuple[str, str, str], list[Answers]]]:
+def read(path: Path, apart: Sequence[str] = LEFT_OUT) -> tuple[Exam, dict[tuple[str, str, str], list[Answers]]]:
     """Questions, and the answers of each method, keep and positions, one for each seed."""
     columns = read_answers(path)
     lines = zip(columns["type"], columns["answer"], strict=True)
     asked = [SimpleNamespace(type=kind, answer=answer, prompt="") for kind, answer in lines]
-    task = Task("answers", lambda number: asked, None, apart=frozenset({"count"}))
+    task = Task("answers", lambda number: asked, None, apart=frozenset(apart))
     exam = Exam(None, None, task, asked)
     found: dict[tuple[str, str, str], list[Answers]] = {}
     for name in columns.keys() - set(AnswerSheet.ABOUT):
@@ -95,7 +98,7 @@ def _difference(exam: Exam, answers: Answers, other: Answers) -> tuple[float, fl
     return loss, low, high
 
 
-def markdown(rows: Iterable[dict[str, Any]], model: str, command: str) -> str:
+def markdown(rows: Iterable[dict[str, Any]], model: str, command: str, apart: Sequence[str] = LEFT_OUT) -> str:
     """The table, in per cent and points."""
 
     def shown(row: dict[str, Any], name: str, sign: str = "") -> str:
@@ -105,11 +108,12 @@ def markdown(rows: Iterable[dict[str, Any]], model: str, command: str) -> str:
         middle, low, high = (f"{100 * number:{sign}.1f}" for number in numbers)
         return f"{middle} ({low} to {high})"
 
+    without = " and ".join(f"`{name}`" for name in apart)
     lines = [
         f"# Question by question, {model}",
         "",
         f"Made by `{command}` from the answers that `python benchmarks/accuracy.py --answers` wrote. Per cent and "
-        "points with 95 % intervals; `count` is left out. Minus DivPrune, minus random: paired differences, same "
+        f"points with 95 % intervals, without {without}. Minus DivPrune, minus random: paired differences, same "
         "questions, same keep. Loyalty: answers that are the unpruned model's, right or wrong. Hard: of the questions "
         "that the whole picture answers and a smaller one of as many tokens does not, how many are answered.",
         "",
@@ -136,9 +140,11 @@ def main(
     named = model.replace("-", "_")
     answers = answers or Path(f"benchmarks/results/answers_{named}.csv")
     out = out or answers.with_name(f"paired_{named}.csv")
-    rows = rows_of(*read(answers))
+    apart = getattr(importlib.import_module(MODELS[model]), "LEFT_OUT", LEFT_OUT)
+    rows = rows_of(*read(answers, apart))
     write_csv([{"model": model} | row for row in rows], out)
-    page = markdown(rows, model, "python benchmarks/paired.py" + ("" if model == "photovlm" else f" --model {model}"))
+    command = "python benchmarks/paired.py" + ("" if model == "photovlm" else f" --model {model}")
+    page = markdown(rows, model, command, apart)
     out.with_suffix(".md").write_text(page)
     typer.echo(page)
 

@@ -9,10 +9,11 @@ from vtc_tinyvlm.scoring import is_correct, is_exact
 from .cache import Unavailable
 from .data import SPLITS, Question, dataset, evaluation_questions, split_questions
 from .model import CHECKPOINT, MAX_NEW_TOKENS, load, ready, whole
-from .questions import TYPES
+from .questions import LEFT_OUT, TYPES
 
 __all__ = [
     "CHECKPOINT",
+    "LEFT_OUT",
     "MAX_NEW_TOKENS",
     "SPLITS",
     "TYPES",
