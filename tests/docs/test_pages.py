@@ -13,7 +13,6 @@ import pytest
 import typer
 
 import vtc
-import vtc_photovlm
 import vtc_tinyvlm
 from vtc.cli import app
 
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "integrations/**/*.md", "requirements/*.md")
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for pattern in PATTERNS for path in ROOT.glob(pattern)}
-UNTRAINED = {"benchmarks/vtc_photovlm/README.md"} if not vtc_photovlm.CHECKPOINT.exists() else set()
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.S | re.M)
 
 
@@ -67,8 +65,6 @@ def run(page: Path) -> None:
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_blocks_of_python_run(page, tmp_path, monkeypatch):
-    if page in UNTRAINED:
-        pytest.skip("this model is not trained yet")
     monkeypatch.chdir(tmp_path)
     run(ROOT / page)
 

@@ -308,7 +308,7 @@ def test_shortened_prompts_verify_and_profile_say_no() -> None:
     config = vtc.CompressionConfig("divprune", {"keep": 0.5}, when="worthwhile")
     model, batch = prepared("llava", images_per_sample=(1,))
     # before 5.23, models take no features encoded ahead, which is said first
-    with pytest.raises(NotImplementedError, match="when='worthwhile' decides while a patched|no mm_encoder_outputs"):
+    with pytest.raises(NotImplementedError, match=r"when='worthwhile' decides while a patched|no mm_encoder_outputs"):
         compress_inputs(model, dict(batch), config)
     with pytest.raises(ValueError, match="when='worthwhile' leaves prompts alone"):
         vtc.verify(model, dict(batch), method=config)
