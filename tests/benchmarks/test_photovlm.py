@@ -6,6 +6,7 @@ Nothing is downloaded: cut-outs, backgrounds and fonts are stand-ins, and the en
 from __future__ import annotations
 
 import copy
+import csv
 import functools
 import itertools
 import re
@@ -47,6 +48,8 @@ from vtc_photovlm import (  # noqa: E402
 from vtc_tinyvlm import building, fast  # noqa: E402
 
 HERE = Path(photovlm.__file__).parent
+SPREADS = [f"{score}{end}" for score in ("answer", "exact") for end in ("", "_low", "_high")]
+ROWS = {"part", "type", "questions", "split", "blind", "guess", *SPREADS}
 sys.path.append(str(Path(__file__).parents[2]))  # benchmarks/accuracy.py is no part of the installed package
 
 
@@ -532,6 +535,15 @@ def test_a_feature_cache_is_gone_on_with_and_another_refused(tmp_path: Path, mon
     assert np.array_equal(longer.open(), at_once.open())
     with pytest.raises(ValueError, match="remove it or name another folder"):
         features.Store(tmp_path / "a", "validation", 5).done()
+
+
+def test_the_card_repeats_the_measured_table() -> None:
+    with (HERE.parent / "results" / "photovlm.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    words = {"part", "type", "questions", "split"}
+    numbers = [{k: v if k in words else float(v) for k, v in row.items() if k in ROWS} for row in rows]
+    assert {row["split"] for row in numbers} == {"evaluation"}
+    assert evaluate.table(numbers) in (HERE / "README.md").read_text()
 
 
 def test_the_accuracy_table_has_the_types_of_this_model() -> None:
