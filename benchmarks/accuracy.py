@@ -111,6 +111,11 @@ def finished(rows: list[dict[str, Any]], questions: int) -> set[tuple[str, Keep,
     return {cell for cell, number in asked.items() if number == questions}
 
 
+def all_of(names: Sequence[str]) -> str:
+    """Types of questions in a sentence."""
+    return " and ".join(f"`{name}`" for name in names)
+
+
 def markdown(
     rows: list[dict[str, Any]], command: str, types: Sequence[str] = TYPES, apart: Sequence[str] = LEFT_OUT
 ) -> str:
@@ -118,13 +123,12 @@ def markdown(
     first = rows[0]
     per_type = next(r["questions"] for r in rows if r["type"] == types[0])
     order = [*(t for t in types if t not in apart), *apart]
-    without = " and ".join(f"`{name}`" for name in apart)
     lines = [
         f"# Accuracy under compression, {first['model']}",
         "",
         f"Made by `{command}`, on {first['device']}; the CSV beside this names date, commit and versions of every row. "
         f"{per_type} {first['split']} questions per type, the same in every row. "
-        f"Per cent of questions whose answer word is right, with 95 % intervals; `mean` leaves {without} out; "
+        f"Per cent of questions whose answer word is right, with 95 % intervals; `mean` leaves {all_of(apart)} out; "
         "`exact` is that mean when the model must also stop after the answer; `tokens` are the visual tokens in the "
         "last layer, `per layer` their average over layers.",
         "",

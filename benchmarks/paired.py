@@ -21,7 +21,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is no installed package
 
-from benchmarks.accuracy import LEFT_OUT, MODELS
+from benchmarks.accuracy import LEFT_OUT, MODELS, all_of
 from benchmarks.answering import ORIGINAL, UNPRUNED, AnswerSheet, read_answers
 from vtc.commands.shared import parse_keep
 from vtc.profiling.beside import accuracy, beside_downsampled, beside_unpruned
@@ -108,12 +108,11 @@ def markdown(rows: Iterable[dict[str, Any]], model: str, command: str, apart: Se
         middle, low, high = (f"{100 * number:{sign}.1f}" for number in numbers)
         return f"{middle} ({low} to {high})"
 
-    without = " and ".join(f"`{name}`" for name in apart)
     lines = [
         f"# Question by question, {model}",
         "",
         f"Made by `{command}` from the answers that `python benchmarks/accuracy.py --answers` wrote. Per cent and "
-        f"points with 95 % intervals, without {without}. Minus DivPrune, minus random: paired differences, same "
+        f"points with 95 % intervals, without {all_of(apart)}. Minus DivPrune, minus random: paired differences, same "
         "questions, same keep. Loyalty: answers that are the unpruned model's, right or wrong. Hard: of the questions "
         "that the whole picture answers and a smaller one of as many tokens does not, how many are answered.",
         "",
